@@ -1,0 +1,1 @@
+"""The pure part: decides, judges and remembers nothing. No clock, file, socket, log, environment or randomness."""

@@ -1,0 +1,1 @@
+"""A model server for the Open Inference Protocol V2 over aiohttp."""
