@@ -279,6 +279,16 @@ def test_a_line_longer_than_a_packet_is_dropped_and_counted(serve, measure):
     assert dropped(lines) == {"line": 3}
 
 
+def test_tags_of_the_process_that_fill_a_packet_send_nothing_rather_than_a_longer_one(serve, measure):
+    server = serve(Dialect.DOGSTATSD)
+    metrics = measure(server.address, tags={"host": "x" * 2000})
+    metrics.count("a")
+    metrics.flush()
+    metrics.flush()
+    assert server.packets() == []
+    assert metrics._dropped == {"line": 1}
+
+
 def test_off_does_nothing(measure):
     metrics = measure(None)
     metrics.count("a")
