@@ -66,6 +66,15 @@ class EnvoyAdmin:
         except (AttributeError, KeyError, TypeError) as problem:
             raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers stats without {problem}") from None
 
+    async def stats(self, query: str) -> tuple[str, bytes]:
+        """Envoy's answer to `/stats?query` as it stands: its content type and body, for those who may only read stats."""
+        session, origin = self._open()
+        try:
+            async with asyncio.timeout(self._timeout_s), session.get(f"{origin}/stats?{query}") as answer:
+                return answer.headers.get("content-type", "text/plain"), await answer.content.read(_ANSWER_MAX_BYTES)
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as problem:
+            raise EnvoyUnreachable(f"Envoy's admin at {self._address} cannot be reached: {problem}") from None
+
     async def ready(self) -> bool:
         """True once Envoy has its first configuration and is not draining; raises EnvoyUnreachable if it is gone."""
         status, _ = await self._get("/ready")

@@ -1,0 +1,5 @@
+"""`python -m extproc` is `perch`."""
+
+from extproc.cli import main
+
+main()

@@ -1,0 +1,224 @@
+"""`perch control`: watches what Envoy sees, keeps the warm gate and Envoy's forwarded headers, answers the API."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from extproc.address import TcpAddress, parse_address
+from extproc.api import Sources, make_api
+from extproc.app import StartError, compile_with, envoy_settings, make_metrics, prefixes, until_stopped
+from extproc.controller import Controller, View
+from extproc.core.document import Problem
+from extproc.core.exposure import ExposureError, plain_exposures, with_caps
+from extproc.core.flags import Exposures, Flag
+from extproc.core.ruleset import headers_of
+from extproc.core.schema import parse
+from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable
+from extproc.envoyfile import forwarded_headers, render, write
+from extproc.events import Events, start_log
+from extproc.flagcompiler import Compiler
+from extproc.flagfile import FlagFile, Paths, Published, read_exposures
+from extproc.flagyaml import MAX_BYTES, read_document
+from extproc.metrics import Metrics
+from extproc.modelsfile import Model, load_models
+from extproc.receiver import Received, Receiver
+from extproc.settings import Settings
+from extproc.statefiles import append_line, read_or_none, write_atomically
+
+LOOK_EVERY_S = 0.5
+ENVOY_COUNTERS = (
+    "^(http.ing.ext_proc.perch.(streams_started|failure_mode_allowed|message_timeouts|rejected_header_mutations"
+    "|clear_route_cache_ignored)|cluster.perch.upstream_rq_total)$"
+)
+
+
+def start_exposures(paths: Paths, tell: Any) -> Exposures:
+    """What was decided before. After an unreadable file a new one is begun, above every seq that was ever served."""
+    try:
+        return read_exposures(paths.exposure) or Exposures()
+    except ExposureError as error:
+        seqs = [int(path.stem.partition(".")[2] or 0) for path in paths.rulesets.glob("*.*.json")]
+        tell("exposure_unreadable", f"{paths.exposure}: {error}; a new one is begun with every gate closed", True)
+        return Exposures(max(seqs, default=0) + 1, closed=True)
+
+
+def write_exposures(path: Path, exposures: Exposures) -> None:
+    """Puts the exposures where serve reads them. Raises OSError."""
+    text = json.dumps(plain_exposures(exposures, "control"), indent=1)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def close_gates(settings: Settings, models: tuple[Model, ...]) -> None:
+    """Before anything runs: caps every flag at 0, so that the first user comes to canary when it is warm.
+
+    Reads the flag file, or the last good one; with neither there is nobody to let through.
+    """
+    paths = Paths(settings.flags, settings.state)
+    for path in (paths.flags, paths.last_good):
+        with contextlib.suppress(Exception):  # whatever is wrong with it, serve will say so
+            content = read_or_none(path, MAX_BYTES)
+            flags = parse(read_document(content or b""), prefixes(models)).flags
+            exposures = start_exposures(paths, lambda *_: None)
+            write_exposures(paths.exposure, with_caps(exposures, {flag.key: (flag.salt, 0) for flag in flags}))
+            return
+
+
+@dataclass(slots=True)
+class Control:
+    """The pieces of the role, wired."""
+
+    settings: Settings
+    models: tuple[Model, ...]
+    metrics: Metrics
+    events: Events
+    compiler: Compiler
+    admin: EnvoyAdmin
+    controller: Controller = field(init=False)
+    flag_file: FlagFile = field(init=False)
+    _envoy_problem: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        """Reads what earlier runs decided."""
+        paths = Paths(self.settings.flags, self.settings.state)
+        self.controller = Controller(
+            models=self.models,
+            exposures=start_exposures(paths, self.tell),
+            write=lambda exposures: write_exposures(paths.exposure, exposures),
+            tell=self.tell,
+        )
+        receiver = Receiver(prefixes(self.models), None, self.take_flags)
+        self.flag_file = FlagFile(
+            paths=paths,
+            compile=compile_with(self.compiler, prefixes(self.models), replies=False),
+            publish=receiver.take,
+            tell=lambda _kind, _text: None,  # serve tells what becomes of the flag file
+            count=lambda _accepted: None,
+            keep=False,
+        )
+
+    def tell(self, kind: str, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002  as the core calls it
+        """An event: to the log, to people, and to the audit file, which keeps it."""
+        (self.events.warn if warning else self.events.tell)(kind, text)
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        try:
+            append_line(self.settings.state / "audit.jsonl", json.dumps({"time": at, "event": kind, "text": text}))
+        except OSError as error:
+            self.events.warn("audit_not_written", f"{self.settings.state / 'audit.jsonl'}: {error.strerror}")
+
+    def take_flags(self, received: Received) -> None:
+        """A ruleset that serve serves too: its flags get their gates, Envoy the headers that it reads."""
+        flags = [flag for flag, _ in received.flags]
+        self.controller.take_flags(flags, received.published.ruleset.version)
+        self.render_envoy(flags)
+
+    def render_envoy(self, flags: list[Flag]) -> None:
+        """Keeps Envoy's files current, where this process is the one to do it."""
+        if self.settings.xds is None:
+            return
+        names = forwarded_headers(name for flag in flags for name in headers_of(flag))
+        changed = write(self.settings.xds, render(self.models, envoy_settings(self.settings), names))
+        if changed:
+            self.tell("envoy_files", f"{', '.join(changed)} written; forwarded headers: {', '.join(names)}")
+
+    async def look(self) -> None:
+        """Asks Envoy, ticks the controller, again and again."""
+        while True:
+            view = await self._view()
+            self.controller.tick(time.monotonic(), view)
+            for model in self.models:
+                if view is not None:
+                    tags = {"model": model.name}
+                    self.metrics.gauge("cluster.ready", view.stable(model.name), cohort="stable", **tags)
+                    self.metrics.gauge("cluster.ready", view.canary(model.name), cohort="canary", **tags)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _view(self) -> View | None:
+        try:
+            view = View.of(await self.admin.hosts())
+        except EnvoyUnreachable as error:
+            if not self._envoy_problem:
+                self.events.warn("envoy_unreachable", str(error))
+            self._envoy_problem = str(error)
+            return None
+        if self._envoy_problem:
+            self.events.tell("envoy_reachable", "Envoy answers again")
+        self._envoy_problem = ""
+        return view
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that is known, as `GET /v1/status` and `perch status --json` show it."""
+        published: Published | None = self.flag_file.published
+        problems: tuple[Problem, ...] = self.flag_file.problems
+        return {
+            "ready": self.controller.not_ready() is None,
+            "not_ready": self.controller.not_ready(),
+            "flag_file": {
+                "path": str(self.settings.flags),
+                "version": published.version if published else None,
+                "problems": [f"{self.settings.flags}:{problem}" for problem in problems],
+            },
+            "flags": self.controller.status(),
+            "envoy": await self._envoy_status(),
+        }
+
+    async def _envoy_status(self) -> dict[str, Any] | None:
+        """Envoy's own counters of perch: what failed open and why. None while Envoy does not answer."""
+        try:
+            counters = await self.admin.counters(ENVOY_COUNTERS)
+        except EnvoyUnreachable:
+            return None
+        return {name.rpartition(".")[2]: value for name, value in sorted(counters.items())}
+
+    async def envoy_stats(self, query: str) -> tuple[str, bytes]:
+        """Envoy's stats as Envoy gives them, for those who cannot reach its admin interface. Raises OSError."""
+        try:
+            return await self.admin.stats(query)
+        except EnvoyUnreachable as error:
+            raise OSError(str(error)) from None
+
+
+async def control(settings: Settings) -> None:
+    """Runs until SIGTERM. Raises StartError, or ModelsFileError for a models file that is wrong."""
+    start_log("control", settings.log_level)
+    models = load_models(settings.models)
+    metrics, compiler, admin = make_metrics(settings), Compiler(), EnvoyAdmin(settings.envoy_admin)
+    try:
+        role = Control(settings, models, metrics, Events("control", settings.events), compiler, admin)
+        role.render_envoy([])
+        async with listening(role):
+            await until_stopped(role.flag_file.follow, role.look, metrics.run)
+    finally:
+        await admin.close()
+        await compiler.stop()
+        metrics.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(role: Control) -> AsyncIterator[None]:
+    """The API, listening while the body runs. Raises StartError when its address is taken."""
+    sources = Sources(status=role.status, not_ready=role.controller.not_ready, envoy_stats=role.envoy_stats)
+    runner = web.AppRunner(make_api(sources), access_log=None)
+    await runner.setup()
+    listen = role.settings.control_listen
+    address = parse_address(listen, port_zero=True)
+    try:
+        if isinstance(address, TcpAddress):
+            await web.TCPSite(runner, address.host, address.port, shutdown_timeout=1).start()
+        else:
+            await web.UnixSite(runner, str(address.path), shutdown_timeout=1).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise StartError(f"cannot listen at {listen}: {error.strerror}; choose another --control-port") from None
+    try:
+        role.events.tell("listening", f"control API at {listen}")
+        yield
+    finally:
+        await runner.cleanup()

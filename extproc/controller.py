@@ -1,0 +1,186 @@
+"""Looks at what Envoy sees, decides with the core, and writes what serve follows. Owns no rule and no clock."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from extproc.core.exposure import with_caps
+from extproc.core.flags import Exposures, Flag, effective_percent, wanted_percent
+from extproc.core.warmgate import Gate, look
+
+
+class Host(Protocol):
+    """One upstream host as Envoy sees it."""
+
+    @property
+    def cluster(self) -> str:
+        """The member cluster."""
+
+    @property
+    def healthy(self) -> bool:
+        """Ready for traffic."""
+
+
+class Model(Protocol):
+    """What the controller has to know of a model."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which begins the names of its clusters."""
+
+    @property
+    def canary(self) -> Sequence[str]:
+        """Addresses of its canary hosts."""
+
+    @property
+    def min_healthy(self) -> int:
+        """Ready canary hosts that the gate asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What was seen in one look at Envoy: ready hosts by cluster. None instead of a View: Envoy could not be asked."""
+
+    ready: Mapping[str, int]
+
+    @classmethod
+    def of(cls, hosts: Iterable[Host]) -> "View":
+        """Counts the ready hosts of each cluster."""
+        ready: dict[str, int] = {}
+        for host in hosts:
+            ready[host.cluster] = ready.get(host.cluster, 0) + host.healthy
+        return cls(ready)
+
+    def stable(self, model: str) -> int:
+        """Ready stable hosts of a model."""
+        return self.ready.get(f"{model}_stable", 0)
+
+    def canary(self, model: str) -> int:
+        """Ready canary hosts of a model."""
+        return self.ready.get(f"{model}_canary", 0)
+
+    @property
+    def ext_proc(self) -> int:
+        """Ready ext_proc endpoints."""
+        return self.ready.get("perch", 0)
+
+
+@dataclass(slots=True)
+class Controller:
+    """Keeps the exposures. `write` puts them where serve reads them; `tell` is (kind, text, warning)."""
+
+    models: Sequence[Model]
+    exposures: Exposures
+    write: Callable[[Exposures], None]
+    tell: Callable[[str, str, bool], None]
+    flags: Mapping[str, Flag] = field(default_factory=dict)
+    view: View | None = None
+    version: str = ""
+    _gates: dict[str, Gate] = field(default_factory=dict, init=False)
+    _was_ready: bool = field(default=False, init=False)
+    _unwritten: bool = field(default=False, init=False)
+
+    def take_flags(self, flags: Iterable[Flag], version: str) -> None:
+        """A new flag file is served. A flag that is new begins with its model's gate as it stands."""
+        self.flags = {flag.key: flag for flag in flags}
+        self.version = version
+        self._save(self._caps())
+
+    def tick(self, now_s: float, view: View | None) -> None:
+        """One look, at a monotonic time in seconds. Without a view of Envoy everything stays as it is."""
+        self.view = view
+        if view is not None:
+            for model in self.models:
+                self._look(model, now_s, view)
+        self._save(self._caps())
+
+    def _look(self, model: Model, now_s: float, view: View) -> None:
+        gate = self._gate_of(model.name)
+        ready = view.canary(model.name)
+        seen = look(gate, now_s, ready, model.min_healthy)
+        self._gates[model.name] = seen.gate
+        if seen.changed:
+            of = f"{model.name}: {ready} of {len(model.canary)} canary servers ready"
+            if seen.gate.is_open:
+                self.tell("canary_warm", f"{of}; its share of users is sent there", False)
+            else:
+                self.tell("canary_cold", f"{of}; everybody is served by stable", True)
+        if seen.lost:
+            self.tell("canary_lost", f"{model.name}: lost its canary twice within five minutes", True)
+
+    def _gate_of(self, model: str) -> Gate:
+        """The gate as it is, or as the exposures that were found at the start say it was."""
+        if model not in self._gates:
+            flag = next((flag for flag in self.flags.values() if flag.model == model), None)
+            exposure = self.exposures.of(flag) if flag is not None else None
+            self._gates[model] = Gate(is_open=exposure is None or exposure.cap > 0)
+        return self._gates[model]
+
+    def _caps(self) -> dict[str, tuple[str, int]]:
+        """The cap that each flag should have by its model's gate."""
+        return {
+            flag.key: (flag.salt, 100 if self._gate_of(flag.model).is_open else 0) for flag in self.flags.values()
+        }
+
+    def _save(self, caps: Mapping[str, tuple[str, int]]) -> None:
+        """Writes the exposures when they change; what could not be written is tried again at the next tick."""
+        changed = with_caps(self.exposures, caps)
+        if changed is self.exposures and not self._unwritten:
+            return
+        self.exposures = changed
+        try:
+            self.write(changed)
+        except OSError as error:
+            if not self._unwritten:
+                self.tell("exposure_not_written", f"{error}; tried again each tick", True)
+            self._unwritten = True
+        else:
+            self._unwritten = False
+
+    def not_ready(self) -> str | None:
+        """What is missing for the service to be ready, as a sentence; None when nothing is.
+
+        The first time it needs the canary of every model whose flag wants users on it; later the path of stable alone.
+        """
+        view = self.view
+        if view is None:
+            return "Envoy does not answer"
+        if view.ext_proc < 1:
+            return "no ext_proc process is healthy"
+        for model in self.models:
+            if view.stable(model.name) < 1:
+                return f"no stable server of {model.name} is ready"
+            if not self._was_ready and self._wants_canary(model.name) and not self._gate_of(model.name).is_open:
+                return f"the canary of {model.name} is not warm"
+        self._was_ready = True
+        return None
+
+    def _wants_canary(self, model: str) -> bool:
+        return any(
+            flag.enabled and wanted_percent(flag, self.exposures.of(flag)) > 0
+            for flag in self.flags.values()
+            if flag.model == model
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What the controller knows of each flag, as plain data."""
+        return {key: self._flag_status(flag) for key, flag in self.flags.items()}
+
+    def _flag_status(self, flag: Flag) -> dict[str, Any]:
+        exposure = self.exposures.of(flag)
+        gate = self._gate_of(flag.model)
+        wanted = wanted_percent(flag, exposure) if flag.enabled else 0
+        return {
+            "model": flag.model,
+            "enabled": flag.enabled,
+            "effective_percent": float(effective_percent(flag, exposure)),
+            "wanted_percent": float(wanted),
+            "held": not gate.is_open and wanted > 0,
+            "version": self.version,
+            "salt": flag.salt,
+            "owner": flag.owner,
+            "ready": {
+                "stable": self.view.stable(flag.model) if self.view else None,
+                "canary": self.view.canary(flag.model) if self.view else None,
+            },
+        }

@@ -1,0 +1,138 @@
+"""Decides which arm a request gets. Total: every request has an answer with a reason, whatever bytes it carries."""
+
+import hashlib
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from extproc.core.bucketing import bucket_of, hash_unit
+from extproc.core.flags import Arm
+from extproc.core.ruleset import Choice, Plan, Ruleset
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from extproc.core.ruleset import Reader
+
+FORCE_HEADER = b"x-force-cohort"
+NOTHING: "Mapping[bytes, Sequence[bytes]]" = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class Request:
+    """The request headers as Envoy sent them: lower-case names, values as raw bytes.
+
+    `headers` has the first value of each header; `repeated` has all values, in order, of those that came twice or more.
+    Not frozen, because freezing costs as much as the decision itself; nobody changes one.
+    """
+
+    headers: "Mapping[bytes, bytes]"
+    repeated: "Mapping[bytes, Sequence[bytes]]" = field(default_factory=lambda: NOTHING)
+
+
+class Decision(NamedTuple):
+    """What a request got. `unit_hash` is the full 32-bit hash, None when no unit was hashed."""
+
+    choice: Choice
+    unit_hash: int | None = None
+
+    @property
+    def bucket(self) -> int | None:
+        """0 .. 99_999, or None when no unit was hashed."""
+        return None if self.unit_hash is None else bucket_of(self.unit_hash)
+
+
+class Ambiguity(Enum):
+    """The unit came in two copies: nobody knows which one the user is."""
+
+    TWICE = "twice"
+
+
+AMBIGUOUS: Final = Ambiguity.TWICE
+
+
+def decide(ruleset: Ruleset, request: Request) -> Decision:
+    """The cohort of one request under one ruleset."""
+    plan = plan_of(ruleset, request.headers.get(b":path", b""))
+    if not isinstance(plan, Plan):
+        return Decision(plan)
+    if not plan.flag.enabled:
+        return Decision(plan.disabled)
+    if plan.flag.allow_force and FORCE_HEADER in request.headers:
+        forced = forced_arm(ruleset, request)
+        if forced is not None:
+            return _forced(plan, forced)
+    # Rules have their place here: first match wins, before the percentage.
+    if plan.held:
+        return Decision(plan.not_warm)
+    unit = unit_of(plan.readers, request)
+    if unit is None:
+        return Decision(plan.canary_no_unit if plan.everybody else plan.stable_no_unit)
+    if unit is AMBIGUOUS:
+        return Decision(plan.canary_ambiguous if plan.everybody else plan.stable_ambiguous)
+    unit_hash = hash_unit(plan.hash_prefix, unit)
+    return Decision(plan.canary if unit_hash < plan.first_hash_outside else plan.stable, unit_hash)
+
+
+def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
+    """The flag of the model with the longest prefix of the path: one look-up per '/', however many models there are."""
+    plans = ruleset.plans
+    end = path.rfind(b"/", 0, ruleset.longest_prefix) + 1
+    while end > 0:
+        plan = plans.get(path[:end])
+        if plan is not None:
+            return plan
+        end = path.rfind(b"/", 0, end - 1) + 1
+    return ruleset.no_model
+
+
+def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity | None:
+    """The first unit that is present and not empty, as received; AMBIGUOUS when that one came twice; None without any."""
+    for reader in readers:
+        value = request.headers.get(reader.header)
+        if value is None:
+            continue
+        values: Sequence[bytes]
+        if reader.cookie is not None:
+            values = cookie_values(request, reader)
+        elif reader.header in request.repeated:
+            values = request.repeated[reader.header]
+        elif value:
+            return value
+        else:
+            continue
+        if any(values):
+            return values[0] if len(values) == 1 else AMBIGUOUS
+    return None
+
+
+def cookie_values(request: Request, reader: "Reader") -> list[bytes]:
+    """The values of one cookie over all cookie headers. Only the white space of the header's own syntax is taken off."""
+    found = []
+    for line in request.repeated.get(reader.header, (request.headers[reader.header],)):
+        for pair in line.split(b";"):
+            name, equals, value = pair.strip(b" \t").partition(b"=")
+            if equals and name == reader.cookie:
+                found.append(value)
+    return found
+
+
+def forced_arm(ruleset: Ruleset, request: Request) -> Arm | None:
+    """The arm that a tester asked for with the right token, else None. `canary;TOKEN` or `stable;TOKEN`, sent once."""
+    if ruleset.force_digest is None or FORCE_HEADER in request.repeated:
+        return None
+    arm, _, token = request.headers[FORCE_HEADER].partition(b";")
+    # Digests are compared, not tokens: how long that takes says nothing about the token.
+    if hashlib.sha256(token).digest() != ruleset.force_digest:
+        return None
+    return _ARMS.get(arm)
+
+
+_ARMS = {arm.encode(): arm for arm in Arm}
+
+
+def _forced(plan: Plan, arm: Arm) -> Decision:
+    if arm is Arm.STABLE:
+        return Decision(plan.forced_stable)
+    return Decision(plan.not_warm if plan.cold else plan.forced_canary)

@@ -1,0 +1,121 @@
+"""The reference transport: ext_proc and the health service on grpc.aio, raw bytes in and out, on one loop."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+Answer = Callable[[bytes], bytes]
+
+PROCESS = "envoy.service.ext_proc.v3.ExternalProcessor"
+HEALTH = "grpc.health.v1.Health"
+SERVICES = ("", PROCESS, "perch")
+"""The names whose health may be asked for: the server as a whole, and what it serves."""
+
+WATCH_EVERY_S = 0.2
+_SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
+"""HealthCheckResponse{status}: one enum field each. Source: grpc/health/v1/health.proto."""
+
+
+class GrpcioTransport:
+    """Serves `answer` at an address. The health answer comes from the loop that answers, so a hung loop is unhealthy."""
+
+    def __init__(self, answer: Answer, serving: Callable[[], bool]) -> None:
+        self._answer = answer
+        self._serving = serving
+        self._server: Any = None
+        self._socket: Path | None = None
+        self._draining = False
+
+    async def start(self, listen: str) -> str:
+        """Listens at `unix:/path` (owner only) or `HOST:PORT` (0 for any port); returns the address that it got.
+
+        Raises OSError, with the address in its message, when it is taken or cannot be used.
+        """
+        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 20)]
+        self._server = grpc.aio.server(options=options)
+        self._server.add_generic_rpc_handlers((self._process_service(), self._health_service()))
+        if listen.startswith("unix:"):
+            self._socket = Path(listen.removeprefix("unix:"))
+            free_socket(self._socket)
+        before = os.umask(0o077)
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError:
+            raise OSError(f"cannot listen at {listen}: the address is taken or not ours") from None
+        finally:
+            os.umask(before)
+        await self._server.start()
+        return listen if self._socket is not None else f"{listen.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more streams, lets those under way end within `grace_s` seconds, removes the socket."""
+        self._draining = True
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._socket is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._socket.unlink()
+
+    def _process_service(self) -> Any:
+        async def process(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[bytes]:
+            async for message in requests:
+                yield self._answer(message)
+
+        return grpc.method_handlers_generic_handler(
+            PROCESS, {"Process": grpc.stream_stream_rpc_method_handler(process)}
+        )
+
+    def _health_service(self) -> Any:
+        async def check(request: bytes, context: Any) -> bytes:
+            if health_service_of(request) not in SERVICES:
+                await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+            return self._status()
+
+        async def watch(request: bytes, _context: Any) -> AsyncIterator[bytes]:
+            known = health_service_of(request) in SERVICES
+            told = b""
+            while not self._draining:
+                status = self._status() if known else _SERVICE_UNKNOWN
+                if status != told:
+                    yield status
+                    told = status
+                await asyncio.sleep(WATCH_EVERY_S)
+
+        handlers = {
+            "Check": grpc.unary_unary_rpc_method_handler(check),
+            "Watch": grpc.unary_stream_rpc_method_handler(watch),
+        }
+        return grpc.method_handlers_generic_handler(HEALTH, handlers)
+
+    def _status(self) -> bytes:
+        return _SERVING if self._serving() and not self._draining else _NOT_SERVING
+
+
+def health_service_of(request: bytes) -> str | None:
+    """The `service` of a serialized HealthCheckRequest: field 1, a short string. None for anything else."""
+    if not request:
+        return ""
+    if len(request) >= 2 and request[0] == 0x0A and request[1] == len(request) - 2 < 0x80:
+        return request[2:].decode(errors="replace")
+    return None
+
+
+def free_socket(path: Path) -> None:
+    """Removes a socket file that nobody listens at any more. Raises OSError if somebody does, or it is no socket."""
+    if not path.exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise OSError(f"cannot listen at {path}: {error.strerror}") from None
+    raise OSError(f"cannot listen at {path}: another process does; stop it or choose another path")
