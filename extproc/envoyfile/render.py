@@ -161,7 +161,7 @@ def _clusters(models: Sequence[Model], settings: EnvoySettings) -> list[Tree]:
 def _cluster_values(
     addresses: Iterable[str], settings: EnvoySettings, where: str, metadata: Tree = None
 ) -> dict[str, Tree]:
-    """Type and endpoints of a cluster: STRICT_DNS as soon as one host is a name, which excludes sockets."""
+    """Type and endpoints of a cluster: resolved as soon as one host is a name, which excludes sockets."""
     parsed = [_address(text, settings, where) for text in addresses]
     names = any(isinstance(address, TcpAddress) and address.is_name for address in parsed)
     if names and any(isinstance(address, UnixAddress) for address in parsed):
@@ -169,7 +169,7 @@ def _cluster_values(
     endpoints: list[dict[str, Any]] = [{"endpoint": {"address": address.envoy()}} for address in parsed]
     if metadata is not None:
         endpoints = [endpoint | {"metadata": metadata} for endpoint in endpoints]
-    return {"type": "STRICT_DNS" if names else "STATIC", "endpoints": endpoints}
+    return {"type": None if names else "STATIC", "dns": names, "endpoints": endpoints}
 
 
 def _address(text: str, settings: EnvoySettings, where: str, *, port_zero: bool = False) -> Address:

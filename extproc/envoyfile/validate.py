@@ -53,7 +53,9 @@ def envoy_binary() -> Path:
 
 def envoy_command(settings: EnvoySettings) -> tuple[str, ...]:
     """The command line that runs Envoy on the files in `settings.files`; warnings and worse go to stderr."""
-    options = ("--concurrency", str(settings.concurrency), "--disable-hot-restart", "--log-level", "warn")
+    # A perch that is away is one counter, not one log line per request.
+    log = ("--log-level", "warn", "--component-log-level", "ext_proc:error")
+    options = ("--concurrency", str(settings.concurrency), "--disable-hot-restart", *log)
     return (str(envoy_binary()), "-c", str(settings.files / "bootstrap.yaml"), *options)
 
 
