@@ -74,7 +74,7 @@ def _error(place: Place, message: str) -> FlagFileError:
 def _yaml_error(error: yaml.MarkedYAMLError, text: str) -> FlagFileError:
     """What the YAML parser says, at its place, in plainer words where it is about a tab."""
     mark: Any = error.problem_mark or error.context_mark
-    place = Place(getattr(mark, "line", 0) + 1, getattr(mark, "column", 0) + 1)
+    place = Place(1, 1) if mark is None else Place(mark.line + 1, mark.column + 1)
     lines = text.splitlines()
     line = lines[place.line - 1] if place.line <= len(lines) else ""
     if "\t" in line[: len(line) - len(line.lstrip())]:
@@ -83,7 +83,7 @@ def _yaml_error(error: yaml.MarkedYAMLError, text: str) -> FlagFileError:
     return _error(place, f"this is not valid YAML: {error.problem}{context}")
 
 
-def _place(event: yaml.Event) -> Place:
+def _place(event: Any) -> Place:
     return Place(event.start_mark.line + 1, event.start_mark.column + 1)
 
 

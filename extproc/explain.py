@@ -1,0 +1,157 @@
+"""Why a unit gets its arm: the very decision that serve makes, over the same files, with its numbers shown."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from extproc.core.decision import Decision, Request, decide
+from extproc.core.document import FlagFileError, Place, Problem
+from extproc.core.exposure import ExposureError
+from extproc.core.flags import Exposures, Flag, SourceKind
+from extproc.core.ruleset import Plan, Reason, Ruleset, compile_ruleset, ruleset_version
+from extproc.core.schema import parse
+from extproc.flagfile import Paths, read_exposures
+from extproc.flagyaml import MAX_BYTES, read_document
+from extproc.statefiles import read_or_none
+
+
+class ExplainError(Exception):
+    """What was asked for cannot be explained; the message says what to give instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A flag file as serve would serve it now."""
+
+    ruleset: Ruleset
+    flags: Mapping[str, Flag]
+    models: Mapping[str, str]
+    exposures: Exposures
+
+
+def read_flags(path: Path, models: Mapping[str, str] | None) -> tuple[bytes, tuple[Flag, ...]]:
+    """The file's bytes and flags, by the very reader that serves. Raises FlagFileError."""
+    try:
+        content = read_or_none(path, MAX_BYTES)
+    except OSError as error:
+        raise FlagFileError([Problem(Place(1, 1), "", f"cannot be read: {error.strerror}")]) from None
+    if content is None:
+        raise FlagFileError([Problem(Place(1, 1), "", "there is no such file")])
+    return content, parse(read_document(content), models).flags
+
+
+def load(paths: Paths, models: Mapping[str, str], force_token: str | None) -> Loaded:
+    """The flag file with what the controller decided. Raises FlagFileError; an unreadable exposure file is as for serve."""
+    content, flags = read_flags(paths.flags, models)
+    try:
+        exposures = read_exposures(paths.exposure) or Exposures()
+    except ExposureError:
+        exposures = Exposures(closed=True)
+    ruleset = compile_ruleset(
+        flags, exposures, models, version=ruleset_version(content, exposures.seq), force_token=force_token
+    )
+    return Loaded(ruleset, {flag.key: flag for flag in flags}, models, exposures)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A decision with everything that led to it."""
+
+    decision: Decision
+    plan: Plan
+    version: str
+
+    def plain(self) -> dict[str, Any]:
+        """The keys that programs rely on, and a few more."""
+        choice = self.decision.choice
+        return {
+            "flag": choice.flag,
+            "cohort": choice.cohort.value,
+            "reason": choice.reason.value,
+            "rule": choice.rule or None,
+            "bucket": self.decision.bucket,
+            "threshold": self.plan.threshold,
+            "version": self.version,
+            "model": choice.model,
+            "salt": self.plan.hash_prefix[:-1].decode(),
+            "hash": self.decision.unit_hash,
+        }
+
+    def sentence(self) -> str:
+        """The same for people."""
+        plan, choice = self.plan, self.decision.choice
+        share = f"{plan.threshold / 1000:g} %"
+        arm = f"{choice.cohort.value}:"
+        match choice.reason:
+            case Reason.SPLIT:
+                side = "below" if choice.cohort == "canary" else "not below"
+                salt = plan.hash_prefix[:-1].decode()
+                return f"{arm} bucket {self.decision.bucket} is {side} {plan.threshold} ({share}, salt {salt})"
+            case Reason.NO_UNIT:
+                names = ", ".join(unit_names(plan.flag))
+                return f"{arm} the request carries none of {names}; canary serves {share}"
+            case Reason.AMBIGUOUS_UNIT:
+                return f"{arm} the unit came twice, so nobody knows who the user is"
+            case Reason.DISABLED:
+                return f"{arm} the flag is switched off (enabled: false)"
+            case Reason.HELD:
+                return f"{arm} the canary is not warm, the gate holds everybody back"
+            case Reason.FORCED:
+                return f"{arm} forced by x-force-cohort with the testers' token"
+            case _:
+                return f"{arm} {choice.reason.value}"
+
+
+def unit_names(flag: Flag) -> list[str]:
+    """A flag's units as the file writes them."""
+    return [
+        f"cookie:{source.name}" if source.kind is SourceKind.COOKIE else source.name or "random" for source in flag.unit
+    ]
+
+
+def explain(loaded: Loaded, key: str, unit: str | None, headers: Sequence[str]) -> Explanation:
+    """The decision for one request: `unit` in the flag's first unit source, and `headers` as `name=value`.
+
+    Raises ExplainError for an unknown flag or a header without '='.
+    """
+    flag = loaded.flags.get(key)
+    if flag is None:
+        raise ExplainError(f"there is no flag {key}; the file has {', '.join(loaded.flags) or 'none'}")
+    request = request_for(flag, loaded.models[flag.model], unit, headers)
+    plan = loaded.ruleset.plans[loaded.models[flag.model].encode()]
+    if not isinstance(plan, Plan):
+        raise ExplainError(f"the flag {key} is not in the ruleset")
+    return Explanation(decide(loaded.ruleset, request), plan, loaded.ruleset.version)
+
+
+def request_for(flag: Flag, prefix: str, unit: str | None, headers: Sequence[str]) -> Request:
+    """The request that such a user would send. Bytes that are not UTF-8 pass through as the shell gave them."""
+    pairs = [(b":path", prefix.encode() + b"infer"), (b":method", b"POST")]
+    if unit is not None:
+        source = flag.unit[0]
+        value = unit.encode(errors="surrogateescape")
+        pairs.append(
+            (b"cookie", source.name.encode() + b"=" + value)
+            if source.kind is SourceKind.COOKIE
+            else (source.header.encode(), value)
+        )
+    for header in headers:
+        name, equals, text = header.partition("=")
+        if not equals or not name:
+            raise ExplainError(f"write --header NAME=VALUE, not {header!r}")
+        pairs.append((name.lower().encode(), text.encode(errors="surrogateescape")))
+    first: dict[bytes, bytes] = {}
+    repeated: dict[bytes, list[bytes]] = {}
+    for name_bytes, value_bytes in pairs:
+        if name_bytes in first and not name_bytes.startswith(b":"):
+            repeated.setdefault(name_bytes, [first[name_bytes]]).append(value_bytes)
+        else:
+            first[name_bytes] = value_bytes
+    return Request(first, repeated)
+
+
+def as_json(explanation: Explanation) -> str:
+    """One JSON object."""
+    return json.dumps(explanation.plain(), indent=1)
