@@ -65,4 +65,3 @@ def gauge_flags(metrics: Metrics, version: str, flags: Iterable[tuple[Flag, Expo
     for flag, exposure in flags:
         percent = float(effective_percent(flag, exposure))
         metrics.gauge("decision.canary_percent", percent, flag=flag.key, model=flag.model)
-

@@ -62,7 +62,9 @@ def make_transport(settings: Settings) -> MakeTransport:
     return {"grpcio": GrpcioTransport}[settings.transport]
 
 
-def compile_with(compiler: Compiler, models: Mapping[str, str], *, replies: bool) -> Callable[[bytes, Exposures], Parts]:
+def compile_with(
+    compiler: Compiler, models: Mapping[str, str], *, replies: bool
+) -> Callable[[bytes, Exposures], Parts]:
     """The flag compiler as the flag file calls it."""
 
     def compile_file(content: bytes, exposures: Exposures) -> Parts:

@@ -84,6 +84,7 @@ class Control:
     controller: Controller = field(init=False)
     flag_file: FlagFile = field(init=False)
     _envoy_problem: str = field(default="", init=False)
+    _envoy_seen: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         """Reads what earlier runs decided."""
@@ -144,13 +145,13 @@ class Control:
         try:
             view = View.of(await self.admin.hosts())
         except EnvoyUnreachable as error:
-            if not self._envoy_problem:
+            if self._envoy_seen and not self._envoy_problem:
                 self.events.warn("envoy_unreachable", str(error))
             self._envoy_problem = str(error)
             return None
-        if self._envoy_problem:
+        if self._envoy_problem and self._envoy_seen:
             self.events.tell("envoy_reachable", "Envoy answers again")
-        self._envoy_problem = ""
+        self._envoy_problem, self._envoy_seen = "", True
         return view
 
     async def status(self) -> dict[str, Any]:

@@ -84,11 +84,15 @@ class Controller:
         """A new flag file is served. A flag that is new begins with its model's gate as it stands."""
         self.flags = {flag.key: flag for flag in flags}
         self.version = version
+        for model in self.models:
+            self._gate_of(model.name)
         self._save(self._caps())
 
     def tick(self, now_s: float, view: View | None) -> None:
         """One look, at a monotonic time in seconds. Without a view of Envoy everything stays as it is."""
         self.view = view
+        if not self.version:
+            return  # which flags there are is not known yet, so neither is what their gates were
         if view is not None:
             for model in self.models:
                 self._look(model, now_s, view)
@@ -109,18 +113,19 @@ class Controller:
             self.tell("canary_lost", f"{model.name}: lost its canary twice within five minutes", True)
 
     def _gate_of(self, model: str) -> Gate:
-        """The gate as it is, or as the exposures that were found at the start say it was."""
+        """The gate as it is, or as the exposures that were found at the start say it was.
+
+        A flag without an exposure is being served, so its gate is open; a model without a flag has nobody to let in.
+        """
         if model not in self._gates:
             flag = next((flag for flag in self.flags.values() if flag.model == model), None)
             exposure = self.exposures.of(flag) if flag is not None else None
-            self._gates[model] = Gate(is_open=exposure is None or exposure.cap > 0)
+            self._gates[model] = Gate(is_open=flag is not None and (exposure is None or exposure.cap > 0))
         return self._gates[model]
 
     def _caps(self) -> dict[str, tuple[str, int]]:
         """The cap that each flag should have by its model's gate."""
-        return {
-            flag.key: (flag.salt, 100 if self._gate_of(flag.model).is_open else 0) for flag in self.flags.values()
-        }
+        return {flag.key: (flag.salt, 100 if self._gate_of(flag.model).is_open else 0) for flag in self.flags.values()}
 
     def _save(self, caps: Mapping[str, tuple[str, int]]) -> None:
         """Writes the exposures when they change; what could not be written is tried again at the next tick."""

@@ -14,7 +14,6 @@ import aiohttp
 
 from extproc.address import TcpAddress, UnixAddress, parse_address
 
-_ANSWER_MAX_BYTES = 64 * 1024 * 1024
 _NOT_HEALTHY = ("failed_active_health_check", "pending_active_hc", "failed_outlier_check", "pending_dynamic_removal")
 
 
@@ -67,17 +66,13 @@ class EnvoyAdmin:
             raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers stats without {problem}") from None
 
     async def stats(self, query: str) -> tuple[str, bytes]:
-        """Envoy's answer to `/stats?query` as it stands: its content type and body, for those who may only read stats."""
-        session, origin = self._open()
-        try:
-            async with asyncio.timeout(self._timeout_s), session.get(f"{origin}/stats?{query}") as answer:
-                return answer.headers.get("content-type", "text/plain"), await answer.content.read(_ANSWER_MAX_BYTES)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as problem:
-            raise EnvoyUnreachable(f"Envoy's admin at {self._address} cannot be reached: {problem}") from None
+        """Envoy's answer to `/stats?query` as it stands, content type and body, for those who may only read stats."""
+        _, content_type, body = await self._get(f"/stats?{query}")
+        return content_type, body
 
     async def ready(self) -> bool:
         """True once Envoy has its first configuration and is not draining; raises EnvoyUnreachable if it is gone."""
-        status, _ = await self._get("/ready")
+        status, _, _ = await self._get("/ready")
         return status == 200
 
     async def listener_port(self, name: str = "edge") -> int | None:
@@ -102,7 +97,7 @@ class EnvoyAdmin:
             self._session = None
 
     async def _json(self, path: str) -> Mapping[str, Any]:
-        status, body = await self._get(path)
+        status, _, body = await self._get(path)
         if status != 200:
             raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers {status} to {path.partition('?')[0]}")
         try:
@@ -113,11 +108,12 @@ class EnvoyAdmin:
             raise EnvoyUnreachable(f"Envoy's admin at {self._address} does not answer an object; is it Envoy?")
         return answer
 
-    async def _get(self, path: str) -> tuple[int, bytes]:
+    async def _get(self, path: str) -> tuple[int, str, bytes]:
+        """Status, content type and whole body."""
         session, origin = self._open()
         try:
             async with asyncio.timeout(self._timeout_s), session.get(origin + path) as answer:
-                return answer.status, await answer.content.read(_ANSWER_MAX_BYTES)
+                return answer.status, answer.headers.get("content-type", "text/plain"), await answer.read()
         except TimeoutError:
             raise EnvoyUnreachable(
                 f"Envoy's admin at {self._address} did not answer in {self._timeout_s:g} s"

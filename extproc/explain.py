@@ -43,7 +43,7 @@ def read_flags(path: Path, models: Mapping[str, str] | None) -> tuple[bytes, tup
 
 
 def load(paths: Paths, models: Mapping[str, str], force_token: str | None) -> Loaded:
-    """The flag file with what the controller decided. Raises FlagFileError; an unreadable exposure file is as for serve."""
+    """The flag file with what the controller decided. Raises FlagFileError; what is unreadable is as for serve."""
     content, flags = read_flags(paths.flags, models)
     try:
         exposures = read_exposures(paths.exposure) or Exposures()

@@ -89,7 +89,7 @@ class Compiler:
             )
 
     async def compile(self, task: Task) -> AsyncIterator[bytes]:
-        """The pickled parts of the answer to `task`, to be read to the end. A process that dies or hangs is a Refused."""
+        """The pickled parts of the answer to `task`, to be read to the end. A process that dies is a Refused."""
         async with self._turn:
             try:
                 async with asyncio.timeout(DEADLINE_S):
@@ -212,6 +212,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     # Classes pickled as __main__.X would not be known to the parent.
-    from extproc import flagcompiler
+    from extproc import flagcompiler  # noqa: PLW0406
 
     flagcompiler.main()

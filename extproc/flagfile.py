@@ -231,4 +231,3 @@ def keep_state(paths: Paths, published: Published, tell: Callable[[str, str], No
             write_atomically(paths.last_good, published.content)
     except OSError as error:
         tell("state_not_kept", f"{paths.state}: {error.strerror}; served all the same, but a restart would forget it")
-

@@ -100,7 +100,9 @@ class _Builder:
         event = next(self._events)
         while not isinstance(event, yaml.DocumentStartEvent):
             if isinstance(event, yaml.StreamEndEvent):
-                raise _error(Place(1, 1), "the file has only comments; a flag file begins with `version: 1` and `flags:`")
+                raise _error(
+                    Place(1, 1), "the file has only comments; a flag file begins with `version: 1` and `flags:`"
+                )
             event = next(self._events)
         root = self._node(next(self._events), 0)
         next(self._events)

@@ -111,7 +111,8 @@ def _models(root: yaml.Node, report: _Report) -> Iterator[Model]:
                 "is no model name; write lower-case letters, digits, - and _, at most 64, a letter or digit first",
             )
             continue
-        model = _ModelReader(name, _mapping(node, name, report), node, report).read()
+        fields = _mapping(node, name, report)
+        model = _ModelReader(name, fields, node, report).read() if isinstance(node, yaml.MappingNode) else None
         if model is not None:
             read.append((key, model))
     _check_between(read, report)

@@ -42,9 +42,7 @@ async def serve(settings: Settings) -> None:
         metrics.close()
 
 
-async def _serve_alone(
-    settings: Settings, models: tuple[Model, ...], compiler: Compiler, metrics: Metrics
-) -> None:
+async def _serve_alone(settings: Settings, models: tuple[Model, ...], compiler: Compiler, metrics: Metrics) -> None:
     compile_file = compile_with(compiler, prefixes(models), replies=True)
     answering = await first_answering(settings, models, compile_file(NO_FLAGS, Exposures()), metrics)
 
@@ -64,9 +62,7 @@ async def _serve_alone(
     await answer_until_stopped(settings, settings.listen, answering, flag_file.follow)
 
 
-async def first_answering(
-    settings: Settings, models: tuple[Model, ...], parts: Parts, metrics: Metrics
-) -> Answering:
+async def first_answering(settings: Settings, models: tuple[Model, ...], parts: Parts, metrics: Metrics) -> Answering:
     """An Answering with a ruleset of no flags: everybody stable, not serving. Raises StartError."""
     first: list[Received] = []
     verdict = await Receiver(prefixes(models), settings.force_token, first.append).take(parts)

@@ -60,7 +60,9 @@ def suggestion(running: Running) -> list[str]:
         settings = running.settings
         loaded = load(Paths(settings.flags, settings.state), {model.name: model.prefix}, None)
         flag = next(flag for flag in loaded.flags.values() if flag.model == model.name)
-        user = next((f"user-{i}" for i in range(10_000) if arm_of(loaded, flag.key, f"user-{i}") is Arm.CANARY), "user-0")
+        user = next(
+            (f"user-{i}" for i in range(10_000) if arm_of(loaded, flag.key, f"user-{i}") is Arm.CANARY), "user-0"
+        )
         unit = next(source.name for source in flag.unit if source.name)
     except (Exception, StopIteration):  # noqa: BLE001  a suggestion is not worth a failure
         body, user, unit = "{}", "user-0", "x-user-id"
@@ -69,7 +71,7 @@ def suggestion(running: Running) -> list[str]:
         "",
         f"  {user} is one of the users on canary now; other ids go to stable:" if user != "user-0" else "  Try:",
         "",
-        f"curl -i {url} -H '{unit}: {user}' -d '{body}'",
+        f"curl -i {url} -H 'content-type: application/json' -H '{unit}: {user}' -d '{body}'",
         "",
     ]
 

@@ -220,7 +220,11 @@ def check_free(option: str, port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            why = "is taken by another program" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            why = (
+                "is taken by another program"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be used: {error.strerror}"
+            )
             raise StartError(f"port {port} {why}; choose another with --{option} PORT") from None
 
 
@@ -265,7 +269,10 @@ async def _relay(events: socket.socket, say: Say) -> None:
     while True:
         message = json.loads(await loop.sock_recv(events, 65536))
         if message["kind"] not in _NOT_SAID:
-            say(message["role"], message["text"] if message["kind"] in _WHOLE else f"{message['kind']}: {message['text']}")
+            say(
+                message["role"],
+                message["text"] if message["kind"] in _WHOLE else f"{message['kind']}: {message['text']}",
+            )
 
 
 _NOT_SAID = {"listening", "exposure_followed", "envoy_files"}

@@ -19,8 +19,9 @@ STEADY_S = 10.0
 
 @dataclass(slots=True)
 class Workers:
-    """One process per address. Each reads a greeting, the ruleset of no flags, then every ruleset from its standard
-    input, and ends when that is closed.
+    """One process per address, which reads what it serves from its standard input and ends when that is closed.
+
+    It gets the greeting, the ruleset of no flags, and then every ruleset. `command` gives its arguments by address.
     """
 
     addresses: Sequence[str]

@@ -35,7 +35,7 @@ def hash_unit(prefix: bytes, unit: bytes) -> int:
 
 
 def bucket_of(unit_hash: int) -> int:
-    """The bucket 0 .. 99_999 of a 32-bit hash: multiply and shift, so that every bucket gets 42,949 or 42,950 hashes."""
+    """The bucket 0 .. 99_999 of a 32-bit hash; multiply and shift, so every bucket gets 42,949 or 42,950 hashes."""
     return unit_hash * BUCKETS >> 32
 
 

@@ -76,7 +76,7 @@ def decide(ruleset: Ruleset, request: Request) -> Decision:
 
 
 def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
-    """The flag of the model with the longest prefix of the path: one look-up per '/', however many models there are."""
+    """The flag of the model with the longest prefix of the path: a look-up per '/', however many models there are."""
     plans = ruleset.plans
     end = path.rfind(b"/", 0, ruleset.longest_prefix) + 1
     while end > 0:
@@ -88,7 +88,7 @@ def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
 
 
 def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity | None:
-    """The first unit that is present and not empty, as received; AMBIGUOUS when that one came twice; None without any."""
+    """The first unit that is present and not empty, as received; AMBIGUOUS if that one came twice; None without any."""
     for reader in readers:
         value = request.headers.get(reader.header)
         if value is None:
@@ -108,7 +108,7 @@ def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity 
 
 
 def cookie_values(request: Request, reader: "Reader") -> list[bytes]:
-    """The values of one cookie over all cookie headers. Only the white space of the header's own syntax is taken off."""
+    """The values of one cookie over all cookie headers. Only the syntax's white space is taken off."""
     found = []
     for line in request.repeated.get(reader.header, (request.headers[reader.header],)):
         for pair in line.split(b";"):

@@ -56,7 +56,7 @@ class Document:
     marks: Marks
 
     def place_of(self, path: Path, *, of_key: bool = False) -> Place:
-        """The place of the value at `path`, or of its key; where the path leaves the document, of the last part of it."""
+        """The place of the value at `path`, or of its key; where the path leaves the document, of its last part."""
         marks, key = self.marks, None
         for step in path:
             inner = _inside(marks, step)

@@ -56,7 +56,7 @@ def _percent(value: Any, where: str) -> Decimal:
 
 
 def plain_exposures(exposures: Exposures, written_by: str) -> dict[str, Any]:
-    """The same as JSON can hold it. Percentages are numbers: three decimals fit a double exactly enough to round back."""
+    """The same as JSON can hold it. Percentages are numbers: three decimals survive a double."""
     return {
         "seq": exposures.seq,
         "written_by": written_by,
@@ -77,7 +77,7 @@ def _plain(exposure: Exposure) -> dict[str, Any]:
 
 
 def with_caps(exposures: Exposures, caps: Mapping[str, tuple[str, int]]) -> Exposures:
-    """The exposures with the warm gate of each flag in `caps` (key -> salt, cap) set; the same object if nothing changes.
+    """The exposures with the warm gate of each flag in `caps` (key -> salt, cap) set; itself if none changed.
 
     An entry of another salt says nothing about the flag any more and is replaced by a new one.
     """

@@ -99,7 +99,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """One flag as a person wrote it, checked and with its defaults filled in. Exactly one of percent and rollout is set."""
+    """One flag as a person wrote it, checked and with its defaults filled in. It has a percent or a rollout."""
 
     key: str
     model: str

@@ -39,7 +39,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One thing that a ruleset can answer. `index` is its place in the ruleset: replies and counters are lists by it."""
+    """One thing that a ruleset can answer. Replies and counters are lists by `index`."""
 
     index: int
     flag: str
@@ -218,7 +218,7 @@ class Draft:
         """Compiles one flag into the draft."""
         prefix = self._models[flag.model].encode()
         if isinstance(self._plans[prefix], Plan):
-            raise ValueError(f"model {flag.model} has two flags")
+            raise ValueError(f"model {flag.model} has two flags")  # noqa: TRY004  the argument's value is wrong
         plan = compile_flag(flag, exposure, len(self._choices))
         self._plans[prefix] = plan
         self._choices.extend(plan.choices)

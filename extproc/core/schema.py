@@ -80,7 +80,9 @@ def _name(value: str) -> str:
     if len(value) > MAX_NAME:
         raise ValueError(f"longer than {MAX_NAME} characters")
     if not _NAME.fullmatch(value):
-        raise ValueError(f"{_shown(value)} may have letters, digits and . _ - / only, and begins with a letter or digit")
+        raise ValueError(
+            f"{_shown(value)} may have letters, digits and . _ - / only, and begins with a letter or digit"
+        )
     return value
 
 
@@ -154,6 +156,7 @@ class StepModel(_Strict):
     approval: Literal["required"] | None = None
 
     def step(self) -> Step:
+        """As the core knows it."""
         return Step(
             percent=self.canary,
             soak_s=self.soak,
@@ -180,6 +183,7 @@ class RolloutModel(_Strict):
     guardrails: dict[str, GuardrailModel] | None = None
 
     def rollout(self) -> Rollout:
+        """As the core knows it."""
         guardrails = None
         if self.guardrails is not None:
             guardrails = tuple(Guardrail(name=name, **dict(model)) for name, model in self.guardrails.items())
@@ -209,6 +213,7 @@ class FlagModel(_Strict):
         return self
 
     def flag(self, key: str) -> Flag:
+        """As the core knows it, with the defaults that come from the key."""
         unit = {"unit": tuple(self.unit)} if self.unit is not None else {}
         return Flag(
             key=key,
@@ -307,7 +312,7 @@ def _problem(document: Document, path: Path, detail: Any) -> Problem:
     kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
     match kind:
         case "extra_forbidden":
-            return document.problem(path, _unknown_key(document, path), of_key=True)
+            return document.problem(path, _unknown_key(path), of_key=True)
         case "missing":
             return Problem(document.place_of(path[:-1], of_key=True), dotted(path), "this key is missing")
         case "value_error" if str(context.get("error")) == "one_percentage":
@@ -328,7 +333,7 @@ def _problem(document: Document, path: Path, detail: Any) -> Problem:
             return document.problem(path, str(detail["msg"]))
 
 
-def _unknown_key(document: Document, path: Path) -> str:
+def _unknown_key(path: Path) -> str:
     known = _keys_at(path[:-1])
     hint = _nearest(str(path[-1]), known)
     return "unknown key" + (f"; did you mean {hint}?" if hint else f"; known are {', '.join(known)}")
@@ -352,4 +357,3 @@ def _keys_at(path: Path) -> tuple[str, ...]:
 def _nearest(word: str, known: Collection[str]) -> str | None:
     close = difflib.get_close_matches(word, known, n=1)
     return close[0] if close else None
-

@@ -44,7 +44,7 @@ def look(gate: Gate, now_s: float, ready: int, needed: int) -> Look:
         return Look(replace(gate, streak=streak))
     if warm:
         return Look(replace(gate, is_open=True, streak=0), changed=True)
-    closures = tuple(at for at in gate.closures_s if now_s - at <= LOST_WITHIN_S) + (now_s,)
+    closures = (*(at for at in gate.closures_s if now_s - at <= LOST_WITHIN_S), now_s)
     lost = len(closures) >= LOST_CLOSURES
     # A canary told lost starts counting anew, so that one event stands for one pair of closures.
     return Look(Gate(is_open=False, closures_s=() if lost else closures), changed=True, lost=lost)

@@ -23,7 +23,7 @@ _SERVING, _NOT_SERVING, _SERVICE_UNKNOWN = b"\x08\x01", b"\x08\x02", b"\x08\x03"
 
 
 class GrpcioTransport:
-    """Serves `answer` at an address. The health answer comes from the loop that answers, so a hung loop is unhealthy."""
+    """Serves `answer` at an address. Health is answered by the loop that answers, so a hung loop is unhealthy."""
 
     def __init__(self, answer: Answer, serving: Callable[[], bool]) -> None:
         self._answer = answer

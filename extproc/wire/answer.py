@@ -53,7 +53,7 @@ class Answerer:
         self.published = published
 
     def __call__(self, message: bytes) -> bytes:
-        """The reply to one serialized ProcessingRequest. Never raises: what cannot be read gets stable, reason ERROR."""
+        """The reply to one serialized ProcessingRequest. Never raises: what is unreadable gets stable, ERROR."""
         published = self.published
         try:
             request = ProcessingRequest.FromString(message)
