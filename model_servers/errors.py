@@ -1,10 +1,13 @@
-"""The three kinds of failure, by whose fault they are: the client's, the operator's, nobody's (too busy)."""
+"""The failures, by whose fault they are: the client's or the load's (`Refused`), the operator's (`ArtifactError`)."""
 
 from http import HTTPStatus
 
 
 class Refused(Exception):  # noqa: N818  it is an answer to a request, not an error of the server
-    """A request that is answered with an HTTP status and a sentence; raised by everything that reads requests."""
+    """A request that is answered with an HTTP status and a sentence.
+
+    Raised by everything that reads requests, and free for a model of one's own to raise for input it cannot take.
+    """
 
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
         super().__init__(message)

@@ -34,21 +34,44 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     prediction: str
-    examples: Mapping[str, list[Any]] = field(default_factory=dict)
+    examples: Mapping[str, list[Any]] = field(default_factory=dict)  # input name: rows (or, unbatched, the tensor)
     metrics: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # file name: sha256 in hex
+    options: Mapping[str, Any] = field(default_factory=dict)  # the backend's own
+    inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
+    outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
+    batched: bool = field(init=False)  # the first axis of every tensor is rows: requests may share one call
+    fixed: bool = field(init=False)  # behind the rows every size of the inputs is given
+
+    def __post_init__(self) -> None:
+        """Fills in what every request needs and the document only implies."""
+        specs = (*self.inputs, *self.outputs)
+        object.__setattr__(self, "inputs_by_name", {spec.name: spec for spec in self.inputs})
+        object.__setattr__(self, "outputs_by_name", {spec.name: spec for spec in self.outputs})
+        object.__setattr__(self, "batched", all(spec.shape[0] == -1 for spec in specs))
+        object.__setattr__(self, "fixed", all(-1 not in spec.shape[1:] for spec in self.inputs))
 
 
-def write_artifact(directory: Path, manifest: Manifest, arrays: Mapping[str, Tensor]) -> Manifest:
-    """Writes model.npz and manifest.json, the manifest last; returns the manifest with the file's hash."""
-    directory.mkdir(parents=True, exist_ok=True)
+def packed(arrays: Mapping[str, Tensor]) -> bytes:
+    """The arrays as the bytes of an `.npz`; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **dict(arrays))
-    blob = buffer.getvalue()
-    (directory / ARRAYS).write_bytes(blob)
-    hashed = replace(manifest, files={ARRAYS: hashlib.sha256(blob).hexdigest()})
+    return buffer.getvalue()
+
+
+def write_artifact(directory: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Writes the files, then manifest.json with their hashes; returns that manifest.
+
+    The manifest goes last and by rename, so a server that watches the folder never sees a version half written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, blob in files.items():
+        (directory / name).write_bytes(blob)
+    hashed = replace(manifest, files={name: hashlib.sha256(blob).hexdigest() for name, blob in files.items()})
     text = json.dumps(_document(hashed), indent=1, ensure_ascii=False)
-    (directory / MANIFEST).write_text(_short_rows(text) + "\n", encoding="utf-8")
+    unfinished = directory / f".{MANIFEST}.new"
+    unfinished.write_text(_short_rows(text) + "\n", encoding="utf-8")
+    unfinished.replace(directory / MANIFEST)
     return hashed
 
 
@@ -101,21 +124,29 @@ def read_arrays(directory: Path, manifest: Manifest) -> dict[str, Tensor]:
 def _manifest(document: Any) -> Manifest:
     if document["format"] != FORMAT:
         raise ValueError(f"format is {document['format']!r}; this server reads format {FORMAT}")
-    outputs = tuple(_spec(entry) for entry in document["outputs"])
-    prediction = document.get("prediction", outputs[0].name if outputs else "")
+    inputs, outputs = _specs(document, "inputs"), _specs(document, "outputs")
+    prediction = document.get("prediction", outputs[0].name)
     if prediction not in {spec.name for spec in outputs}:
         raise ValueError(f"prediction names {prediction!r}, which is no output")
     return Manifest(
         name=_word(document, "name"),
         version=_word(document, "version"),
         backend=_word(document, "backend"),
-        inputs=tuple(_spec(entry) for entry in document["inputs"]),
+        inputs=inputs,
         outputs=outputs,
         prediction=prediction,
         examples=dict(document.get("examples", {})),
         metrics=dict(document.get("metrics", {})),
         files=dict(document.get("files", {})),
+        options=dict(document.get("options", {})),
     )
+
+
+def _specs(document: Any, key: str) -> tuple[TensorSpec, ...]:
+    specs = tuple(_spec(entry) for entry in document[key])
+    if not specs or len({spec.name for spec in specs}) != len(specs):
+        raise ValueError(f"{key} must list at least one tensor, each name once")
+    return specs
 
 
 def _word(document: Any, key: str) -> str:
@@ -128,6 +159,8 @@ def _word(document: Any, key: str) -> str:
 
 def _spec(entry: Any) -> TensorSpec:
     name, datatype, shape = entry["name"], entry["datatype"], entry["shape"]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"tensor name {name!r} must be a word")
     if datatype not in DATATYPES:
         raise ValueError(f"tensor {name!r}: datatype {datatype!r} is none of {', '.join(DATATYPES)}")
     if not shape or not all(type(size) is int and (size == -1 or size > 0) for size in shape):
@@ -144,6 +177,7 @@ def _document(manifest: Manifest) -> dict[str, Any]:
         "inputs": [spec.metadata() for spec in manifest.inputs],
         "outputs": [spec.metadata() for spec in manifest.outputs],
         "prediction": manifest.prediction,
+        **({"options": dict(manifest.options)} if manifest.options else {}),
         "files": dict(manifest.files),
         "metrics": dict(manifest.metrics),
         "examples": dict(manifest.examples),

@@ -1,7 +1,10 @@
 """A model in memory: its manifest and one callable from named arrays to named arrays.
 
-The callable is pure numpy and knows nothing of HTTP, batching or metrics. It gets arrays whose first axis is rows and
-must return, for each declared output, an array with the same number of rows.
+Knows nothing of HTTP, batching or metrics. The three backends, by the manifest's `backend`:
+
+    dense-softmax   dense layers in model.npz, numpy alone
+    onnx            model.onnx through onnxruntime (the extra `onnx`)
+    python          a callable of one's own: options {"entry": "model.py:load", "parameters": false}
 """
 
 from collections.abc import Callable, Mapping
@@ -11,61 +14,55 @@ from typing import Any
 
 import numpy as np
 
+from model_servers import dense, onnxmodel, pythonmodel
 from model_servers.errors import ArtifactError
-from model_servers.manifest import Manifest, read_arrays, read_manifest
+from model_servers.manifest import Manifest, read_manifest
 from model_servers.tensors import DATATYPES, Tensor, TensorSpec
 
 Tensors = Mapping[str, Tensor]
-Predict = Callable[[Tensors], dict[str, Tensor]]
+Predict = Callable[[Tensors, Mapping[str, Any]], dict[str, Tensor]]
+
+BACKENDS: dict[str, Callable[[Path, Manifest], Predict]] = {
+    "dense-softmax": dense.load,
+    "onnx": onnxmodel.load,
+    "python": pythonmodel.load,
+}
+
+
+class BadModel(Exception):  # noqa: N818  reads as what it is
+    """The model returned something else than its manifest declares; the message is for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One loaded version."""
+    """One loaded version. `predict` takes inputs and request parameters; `run` also checks what comes back."""
 
     manifest: Manifest
     predict: Predict
 
+    def run(self, inputs: Tensors, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every declared output with its declared datatype and shape. Raises BadModel, or what the model raises."""
+        found = self.predict(inputs, parameters)
+        rows = len(next(iter(inputs.values()))) if self.manifest.batched else None
+        return {spec.name: _conform(found.get(spec.name), spec, rows) for spec in self.manifest.outputs}
+
 
 def load(directory: Path) -> Model:
-    """Reads and verifies a version directory. Raises ArtifactError with one sentence that names the file."""
+    """Reads, verifies and tries a version directory. Raises ArtifactError with one sentence that names the file."""
     manifest = read_manifest(directory)
-    match manifest.backend:
-        case "dense-softmax":
-            arrays = read_arrays(directory, manifest)
-            try:
-                predict = dense_softmax(arrays)
-                _try_once(manifest, predict)
-            except (KeyError, ValueError) as error:
-                raise ArtifactError(f"{directory}: the arrays do not form a dense-softmax model: {error}") from None
-            return Model(manifest, predict)
-        case other:
-            raise ArtifactError(f"{directory}: backend {other!r} is none of: dense-softmax")
-
-
-def dense_softmax(arrays: Tensors) -> Predict:
-    """Dense layers, rectified between, softmax at the end: `weight_0`, `bias_0`, `weight_1`, ...
-
-    `weight_i` is FP32 [in, out], `bias_i` FP32 [out]. The callable maps `pixels` [n, in] to `label` INT64 [n] (the
-    class with the highest probability) and `probabilities` FP32 [n, classes]. Logistic regression is one layer of it.
-    """
-    layers = [(arrays[f"weight_{i}"], arrays[f"bias_{i}"]) for i in range(len(arrays) // 2)]
-    if not layers:
-        raise ValueError("there is no weight_0 and bias_0")
-
-    def predict(inputs: Tensors) -> dict[str, Tensor]:
-        values = inputs["pixels"]
-        for index, (weight, bias) in enumerate(layers):
-            if index:
-                np.maximum(values, 0, out=values)
-            values = values @ weight
-            values += bias
-        values -= values.max(axis=1, keepdims=True)
-        np.exp(values, out=values)
-        values /= values.sum(axis=1, keepdims=True)
-        return {"label": values.argmax(axis=1), "probabilities": values}
-
-    return predict
+    backend = BACKENDS.get(manifest.backend)
+    if backend is None:
+        raise ArtifactError(f"{directory}: backend {manifest.backend!r} is none of: {', '.join(BACKENDS)}")
+    model = Model(manifest, backend(directory, manifest))
+    try:
+        examples = example_inputs(manifest, 1)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArtifactError(f"{directory}: the manifest's examples do not fit its inputs: {error}") from None
+    try:
+        model.run(examples, {})
+    except Exception as error:
+        raise ArtifactError(f"{directory}: the model fails on its own example: {error!r}") from error
+    return model
 
 
 def example_inputs(manifest: Manifest, rows: int) -> dict[str, Tensor]:
@@ -73,22 +70,29 @@ def example_inputs(manifest: Manifest, rows: int) -> dict[str, Tensor]:
     return {spec.name: _example(spec, manifest.examples.get(spec.name), rows) for spec in manifest.inputs}
 
 
-def _example(spec: TensorSpec, rows_given: list[Any] | None, rows: int) -> Tensor:
-    if rows_given:
-        if spec.datatype == "BYTES":
-            given = np.empty(np.shape(rows_given), dtype=np.object_)
-            given.ravel()[:] = [str(item).encode() for item in np.ravel(rows_given)]
-        else:
-            given = np.asarray(rows_given, dtype=DATATYPES[spec.datatype])
-        return np.resize(given, (rows, *given.shape[1:]))
-    shape = (rows, *(1 if size == -1 else size for size in spec.shape[1:]))
-    return np.full(shape, b"1" if spec.datatype == "BYTES" else 1, dtype=DATATYPES[spec.datatype])
+def _example(spec: TensorSpec, given: list[Any] | None, rows: int) -> Tensor:
+    shape = [1 if size == -1 else size for size in spec.shape]
+    if spec.shape[0] == -1:
+        shape[0] = rows
+    if not given:
+        return np.full(shape, b"1" if spec.datatype == "BYTES" else 1, dtype=DATATYPES[spec.datatype])
+    if spec.datatype == "BYTES":
+        array = np.array(given, dtype=np.object_)
+        array.ravel()[:] = [str(item).encode() for item in array.ravel()]
+    else:
+        array = np.asarray(given, dtype=DATATYPES[spec.datatype])
+    if len(array.shape) != len(spec.shape) or not all(
+        want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
+    ):
+        raise ValueError(f"{spec.name!r} has shape {list(array.shape)}, declared is {list(spec.shape)}")
+    return np.resize(array, (rows, *array.shape[1:])) if spec.shape[0] == -1 else array.copy()
 
 
-def _try_once(manifest: Manifest, predict: Predict) -> None:
-    """One row through the model, so that a model that cannot answer at all ends the start."""
-    outputs = predict(example_inputs(manifest, 1))
-    for spec in manifest.outputs:
-        found = outputs[spec.name].shape
-        if len(found) != len(spec.shape) or any(a not in (-1, b) for a, b in zip(spec.shape, found, strict=True)):
-            raise ValueError(f"output {spec.name!r} has shape {list(found)}, the manifest says {list(spec.shape)}")
+def _conform(found: object, spec: TensorSpec, rows: int | None) -> Tensor:
+    if not isinstance(found, np.ndarray):
+        raise BadModel(f"output {spec.name!r} is {type(found).__name__}, not an array")
+    shape = found.shape
+    fits = len(shape) == len(spec.shape) and (rows is None or shape[0] == rows)
+    if not fits or any(want not in (-1, have) for want, have in zip(spec.shape, shape, strict=True)):
+        raise BadModel(f"output {spec.name!r} has shape {list(shape)} for {rows} rows, declared is {list(spec.shape)}")
+    return found.astype(DATATYPES[spec.datatype], copy=False)

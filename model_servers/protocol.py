@@ -1,128 +1,165 @@
-"""The Open Inference Protocol V2 in JSON: request bytes to arrays, arrays to response bytes and headers.
+"""An Open Inference Protocol V2 request: body bytes to arrays.
 
-Pure: bytes in, bytes out. Everything a client can get wrong raises `Refused` with the status it is answered with.
+Pure. Everything a client can get wrong raises `Refused` with a sentence and the status it is answered with.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
+from model_servers import jsontext
 from model_servers.errors import Refused
 from model_servers.manifest import Manifest
-from model_servers.tensors import Tensor, TensorSpec, checked_shape, from_json, to_json
+from model_servers.rawtensors import from_raw
+from model_servers.tensors import Tensor, TensorSpec, checked_shape, from_json
 
-PREDICTIONS_SHOWN = 32  # of one response, in x-model-prediction
+_OURS = frozenset({"binary_data_output", "timeout"})  # request parameters that the protocol uses up
+_SHOWN = 80  # characters of a client's value that an error repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One output that the client asked for, as JSON or as raw bytes."""
+
+    spec: TensorSpec
+    binary: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """A read request: every declared input as an array; all with the same number of rows."""
+    """A read request: every declared input as an array of the declared datatype."""
 
     inputs: dict[str, Tensor]
-    rows: int
-    wanted: tuple[TensorSpec, ...]  # outputs, in the order the client asked for them
-    id: str | None = None
+    rows: int  # of each input; 1 for a model that is not batched
+    wanted: tuple[Wanted, ...]
+    id: str | None
+    parameters: Mapping[str, Any]  # the client's own, without those the protocol defines
+    timeout_s: float | None
 
 
-def _reject_constant(word: str) -> float:
-    raise ValueError(f"{word} is not JSON")
+def read_inference(body: bytes, json_bytes: int | None, manifest: Manifest) -> Inference:
+    """The request in `body`, of which the first `json_bytes` are JSON when raw tensors follow (None: all of it)."""
+    raw = memoryview(body)
+    if json_bytes is not None:
+        if not 0 < json_bytes <= len(body):
+            raise Refused(f"inference-header-content-length is {json_bytes}, the body has {len(body)} bytes")
+        body, raw = body[:json_bytes], raw[json_bytes:]
+    else:
+        raw = raw[len(body) :]
+    document = _read_document(body)
+    inputs = _read_inputs(document.get("inputs"), raw, manifest)
+    parameters = _object(document.get("parameters"), "parameters")
+    return Inference(
+        inputs=inputs,
+        rows=_rows(inputs) if manifest.batched else 1,
+        wanted=_wanted(document.get("outputs"), manifest, parameters.get("binary_data_output") is True),
+        id=_identity(document.get("id")),
+        parameters={name: value for name, value in parameters.items() if name not in _OURS} if parameters else {},
+        timeout_s=_timeout_s(parameters.get("timeout")),
+    )
 
 
-_decode = json.JSONDecoder(parse_constant=_reject_constant).decode
-
-
-def read_inference(body: bytes, manifest: Manifest) -> Inference:
-    """The request in `body`. Raises Refused for everything that is not a full, well-typed request for this model."""
+def _read_document(body: bytes) -> dict[str, Any]:
     try:
-        document = _decode(body.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = jsontext.read(body)
+    except ValueError as error:
         raise Refused(f"the body is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise Refused("the body must be a JSON object with a list of inputs")
-    identity = document.get("id")
-    if identity is not None and not isinstance(identity, str):
-        raise Refused("id must be a string")
-    inputs = _read_inputs(document.get("inputs"), manifest.inputs)
-    rows = {array.shape[0] for array in inputs.values()}
-    if len(rows) != 1:
-        raise Refused(f"the inputs have different numbers of rows: {sorted(rows)}")
-    return Inference(inputs, rows.pop(), _wanted_outputs(document.get("outputs"), manifest.outputs), identity)
+    return document
 
 
-def _read_inputs(entries: object, specs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+def _read_inputs(entries: object, raw: memoryview, manifest: Manifest) -> dict[str, Tensor]:
     if not isinstance(entries, list):
         raise Refused("inputs must be a list of tensors")
-    by_name = {spec.name: spec for spec in specs}
+    specs = manifest.inputs_by_name
     found: dict[str, Tensor] = {}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
-        spec = by_name.get(name) if isinstance(name, str) else None
+        spec = specs.get(name) if isinstance(name, str) else None
         if spec is None:
-            raise Refused(f"unknown input {name!r}; this model takes {', '.join(by_name)}")
+            raise Refused(f"unknown input {_shown(name)}; this model takes {', '.join(specs)}")
         if spec.name in found:
-            raise Refused(f"input {name!r} is given twice")
-        found[spec.name] = _read_input(entry, spec)
-    missing = by_name.keys() - found.keys()
-    if missing:
-        raise Refused(f"missing input {', '.join(sorted(missing))}")
+            raise Refused(f"input {spec.name!r} is given twice")
+        found[spec.name], raw = _read_input(entry, raw, spec)
+    if len(found) != len(specs):
+        raise Refused(f"missing input {', '.join(name for name in specs if name not in found)}")
+    if len(raw):
+        raise Refused(f"{len(raw)} bytes follow the last binary tensor")
     return found
 
 
-def _read_input(entry: Mapping[str, Any], spec: TensorSpec) -> Tensor:
+def _read_input(entry: Mapping[str, Any], raw: memoryview, spec: TensorSpec) -> tuple[Tensor, memoryview]:
+    """The tensor, and what is left of the raw bytes."""
     if entry.get("datatype") != spec.datatype:
-        raise Refused(f"input {spec.name!r}: datatype is {entry.get('datatype')!r}, this model takes {spec.datatype}")
-    return from_json(entry.get("data"), checked_shape(entry.get("shape"), spec), spec)
+        given = _shown(entry.get("datatype"))
+        raise Refused(f"input {spec.name!r}: datatype is {given}, this model takes {spec.datatype}")
+    shape = checked_shape(entry.get("shape"), spec)
+    parameters = entry.get("parameters")
+    if parameters is None:
+        return from_json(entry.get("data"), shape, spec), raw
+    size = _object(parameters, "parameters").get("binary_data_size")
+    if "shared_memory_region" in parameters:
+        raise Refused(f"input {spec.name!r}: shared memory is not supported; send the data")
+    if size is None:
+        return from_json(entry.get("data"), shape, spec), raw
+    if "data" in entry:
+        raise Refused(f"input {spec.name!r}: has both data and binary_data_size")
+    if type(size) is not int or not 0 <= size <= len(raw):
+        raise Refused(f"input {spec.name!r}: binary_data_size is {_shown(size)}, the body holds {len(raw)} raw bytes")
+    return from_raw(raw[:size], shape, spec), raw[size:]
 
 
-def _wanted_outputs(entries: object, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+def _rows(inputs: Mapping[str, Tensor]) -> int:
+    rows: set[int] = {array.shape[0] for array in inputs.values()}
+    if len(rows) != 1:
+        raise Refused(f"the inputs have different numbers of rows: {sorted(rows)}")
+    return rows.pop()
+
+
+def _wanted(entries: object, manifest: Manifest, binary: bool) -> tuple[Wanted, ...]:  # noqa: FBT001  a client's flag
     if entries is None or entries == []:
-        return specs
+        return tuple(Wanted(spec, binary) for spec in manifest.outputs)
     if not isinstance(entries, list):
         raise Refused("outputs must be a list")
-    by_name = {spec.name: spec for spec in specs}
-    wanted: dict[str, TensorSpec] = {}
+    specs = manifest.outputs_by_name
+    wanted: dict[str, Wanted] = {}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or name not in by_name:
-            raise Refused(f"unknown output {name!r}; this model gives {', '.join(by_name)}")
-        wanted[name] = by_name[name]
+        if not isinstance(name, str) or name not in specs:
+            raise Refused(f"unknown output {_shown(name)}; this model gives {', '.join(specs)}")
+        asked = _object(entry.get("parameters"), "parameters").get("binary_data", binary)
+        wanted[name] = Wanted(specs[name], asked is True)
     return tuple(wanted.values())
 
 
-def write_answer(inference: Inference, outputs: Mapping[str, Tensor], manifest: Manifest) -> bytes:
-    """The response body with the outputs that were asked for."""
-    answer: dict[str, Any] = {"model_name": manifest.name, "model_version": manifest.version}
-    if inference.id is not None:
-        answer["id"] = inference.id
-    answer["outputs"] = [_write_output(outputs[spec.name], spec) for spec in inference.wanted]
-    return json.dumps(answer, separators=(",", ":")).encode()
+def _identity(given: object) -> str | None:
+    if given is None or isinstance(given, str):
+        return given
+    raise _wrong_type("id", given, "a string")
 
 
-def _write_output(array: Tensor, spec: TensorSpec) -> dict[str, Any]:
-    shape = list(array.shape)
-    return {"name": spec.name, "datatype": spec.datatype, "shape": shape, "data": to_json(array, spec)}
+def _object(given: object, name: str) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return given
+    raise _wrong_type(name, given, "an object")
 
 
-def prediction_headers(manifest: Manifest, outputs: Mapping[str, Tensor]) -> dict[str, str]:
-    """x-model-version, x-model-prediction (the first 32, in request order) and x-model-prediction-count."""
-    predictions = outputs[manifest.prediction].ravel()
-    return {
-        "x-model-version": manifest.version,
-        "x-model-prediction": prediction_list(predictions[:PREDICTIONS_SHOWN]),
-        "x-model-prediction-count": str(predictions.size),
-    }
+def _timeout_s(given: object) -> float | None:
+    """The `timeout` parameter, in microseconds as Triton defines it, in seconds."""
+    if given is None:
+        return None
+    if type(given) is int and given > 0:
+        return given / 1e6
+    raise _wrong_type("timeout", given, "a positive whole number of microseconds")
 
 
-def prediction_list(predictions: Tensor) -> str:
-    """The comma list: labels percent-encoded, floats `%.6g`, integers and booleans as they are."""
-    match predictions.dtype.kind:
-        case "f":
-            return ",".join(f"{value:.6g}" for value in predictions.tolist())
-        case "O":
-            return ",".join(quote(value, safe="") for value in predictions.tolist())
-        case "b":
-            return ",".join("true" if value else "false" for value in predictions.tolist())
-        case _:
-            return ",".join(map(str, predictions.tolist()))
+def _wrong_type(name: str, given: object, wanted: str) -> Refused:
+    return Refused(f"{name} is {_shown(given)}; it must be {wanted}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

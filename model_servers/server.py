@@ -1,26 +1,32 @@
-"""The life of one server process: bind, warm, serve, drain, end. Start, serve and stop are readable in that order."""
+"""The life of one server process: load, bind, warm, serve, reload, drain, end. Readable in that order."""
 
 import asyncio
 import signal
 import sys
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import web
 
-from model_servers.app import LARGEST_BODY_BYTES, State, answer
+from extproc.metrics import Dialect, Metrics
+from model_servers.app import Rules, State, answer
+from model_servers.batching import Limits
+from model_servers.errors import ArtifactError
+from model_servers.faults import FaultBox, Faults
 from model_servers.listen import Listener, listen
-from model_servers.model import Model, example_inputs, load
+from model_servers.model import Model, load
+from model_servers.serving import Served, warm_up
+from model_servers.telemetry import Telemetry, rss_bytes
+from model_servers.versions import fingerprint, newest
 
-WARM_UP_INFERENCES = 20
 KEEP_ALIVE_S = 7200.0  # above Envoy's hour for idle connections, so that it never meets one just closed
 FINISH_S = 15.0  # longest wait for requests in flight once the listener is closed
+FLUSH_S = 1.0
 
 
 class Arm(StrEnum):
@@ -34,61 +40,114 @@ class Arm(StrEnum):
 class Settings:
     """One process. Durations in seconds."""
 
-    directory: Path
-    name: str
+    rules: Rules
     arm: Arm
     address: str
     drain_s: float
+    reload_s: float = 1.0  # how often the version directories are looked at; 0 = never
+    limits: Limits = field(default_factory=Limits)
+    statsd: str | None = None
+    dialect: Dialect = Dialect.DOGSTATSD
+    faults: Faults | None = None  # None: no fault can ever be set
 
 
 async def serve(settings: Settings) -> None:
     """Runs until SIGTERM or SIGINT and returns after the last answer. Raises ArtifactError or CannotListen."""
-    model = load(settings.directory)
+    started_s = time.perf_counter()
+    root = settings.rules.root
+    seen = fingerprint(newest(root))
+    model = load(newest(root))
     listener = listen(settings.address)
+    telemetry = _telemetry(settings)
+    state = State(settings.rules, telemetry, None if settings.faults is None else FaultBox(settings.faults))
     try:
-        await _serve_on(listener, model, settings)
+        with _stop_signals() as (stop, hurry):
+            async with _accepting(listener, state, hurry):
+                state.served = await _warm(settings, state, model)
+                _say(_ready_line(settings, listener, state.served, time.perf_counter() - started_s))
+                async with _running(_reload_forever(settings, state, seen), _flush_forever(telemetry)):
+                    await stop.wait()
+                await _drain(settings, state, hurry)
     finally:
         listener.socket.close()
         listener.remove_file()
+        telemetry.flush()
 
 
-async def _serve_on(listener: Listener, model: Model, settings: Settings) -> None:
-    state = State(model, settings.name)
-    server = web.Server(
-        partial(answer, state),
-        request_factory=_request,
-        access_log=None,
-        handler_cancellation=True,
-        keepalive_timeout=KEEP_ALIVE_S,
-    )
+@asynccontextmanager
+async def _accepting(listener: Listener, state: State, hurry: asyncio.Event) -> AsyncIterator[None]:
+    """Accepts connections inside; afterwards closes the listener and lets requests in flight finish."""
+    # aiohttp asks no more of a response than Written gives; its annotation names the class it ships.
+    handle = cast("Any", partial(answer, state))
+    server = web.Server(handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
     accepting = await asyncio.get_running_loop().create_server(server, sock=listener.socket)
-    with _stop_signals() as (stop, hurry):
-        warm_s = _warm_up(state)
-        who = f"{settings.name} {model.manifest.version} ({settings.arm})"
-        _say(f"ready: {who} on {listener.address}, warm in {warm_s:.2f} s")
-        await stop.wait()
-        state.draining = True
-        _say(f"draining: {who} for {settings.drain_s:g} s")
-        await _first_of(hurry.wait(), asyncio.sleep(settings.drain_s))
+    try:
+        yield
+    finally:
         accepting.close()
         server.pre_shutdown()
         await server.shutdown(0 if hurry.is_set() else FINISH_S)
 
 
-def _request(*args: object) -> web.BaseRequest:
-    """A request with our body limit, which aiohttp's low-level server cannot be given otherwise."""
-    message, payload, protocol, writer, task = args
-    loop = asyncio.get_running_loop()
-    return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=LARGEST_BODY_BYTES)  # type: ignore[arg-type]
+async def _warm(settings: Settings, state: State, model: Model) -> Served:
+    seen = partial(_note_batch, state.telemetry, model.manifest.version)
+    served = await warm_up(model, settings.limits, seen)
+    state.telemetry.reloaded(model.manifest.version, "ok", served.warmth.seconds)
+    return served
 
 
-def _warm_up(state: State) -> float:
-    """Real inferences until the process has seen its caches filled; returns seconds."""
-    start = time.perf_counter()
-    for _ in range(WARM_UP_INFERENCES):
-        state.model.predict(example_inputs(state.model.manifest, 1))
-    state.warm = True
-    return time.perf_counter() - start
+def _note_batch(telemetry: Telemetry, version: str, seen: Any) -> None:
+    telemetry.batch(seen, version)
+
+
+async def _reload_forever(settings: Settings, state: State, seen: object) -> None:
+    """Loads and warms a new or changed version beside the old one, then swaps by one assignment."""
+    while settings.reload_s:
+        await asyncio.sleep(settings.reload_s)
+        try:
+            directory = newest(settings.rules.root)
+        except ArtifactError:
+            continue  # the folder is gone or empty: what is in memory stays in service
+        found = fingerprint(directory)
+        if found == seen:
+            continue
+        seen = found
+        try:
+            model = await asyncio.to_thread(load, directory)
+            await _swap(settings, state, model)
+        except ArtifactError as error:
+            state.telemetry.reloaded(directory.name, "rejected")
+            state.telemetry.failed("version_rejected", directory=str(directory), error=str(error))
+
+
+async def _swap(settings: Settings, state: State, model: Model) -> None:
+    before_bytes = rss_bytes()
+    old, new = state.served, await _warm(settings, state, model)
+    state.served = new
+    if old is not None:
+        await old.retire()
+    grown = f"memory {before_bytes >> 20} > {rss_bytes() >> 20} MiB"
+    _say(f"reloaded: {settings.rules.name} {model.manifest.version} ({settings.arm}), {_warmth(new)}, {grown}")
+
+
+async def _flush_forever(telemetry: Telemetry) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_S)
+        telemetry.flush()
+
+
+async def _drain(settings: Settings, state: State, hurry: asyncio.Event) -> None:
+    """Not ready, but answering, until whoever checks our health must have noticed."""
+    state.draining = True
+    _say(f"draining: {settings.rules.name} ({settings.arm}) for {settings.drain_s:g} s")
+    async with _running(_flush_forever(state.telemetry)):
+        await _first_of(hurry.wait(), asyncio.sleep(settings.drain_s))
+
+
+def _telemetry(settings: Settings) -> Telemetry:
+    tags = {"cohort": settings.arm.value, "model": settings.rules.name}
+    metrics = Metrics(settings.statsd, settings.dialect, prefix="perch", tags=tags)
+    return Telemetry(metrics, on=settings.statsd is not None)
 
 
 @contextmanager
@@ -109,11 +168,36 @@ def _stop_signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
             loop.remove_signal_handler(number)
 
 
+@asynccontextmanager
+async def _running(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs the jobs while inside; an error of one of them ends the process loudly rather than silently."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
 async def _first_of(*waits: Coroutine[Any, Any, object]) -> None:
     tasks = [asyncio.create_task(wait) for wait in waits]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     for task in tasks:
         task.cancel()
+
+
+def _ready_line(settings: Settings, listener: Listener, served: Served, took_s: float) -> str:
+    who = f"{settings.rules.name} {served.model.manifest.version} ({settings.arm})"
+    where = "in a thread" if served.threaded else "on the loop"
+    memory = f"memory {rss_bytes() >> 20} MiB"
+    return f"ready: {who} on {listener.address}, started in {took_s:.2f} s, {_warmth(served)} {where}, {memory}"
+
+
+def _warmth(served: Served) -> str:
+    warmth = served.warmth
+    settled = "" if warmth.settled else ", not settled"
+    return f"warm after {warmth.requests} inferences ({warmth.first_ms:.2f} > {warmth.settled_ms:.2f} ms{settled})"
 
 
 def _say(line: str) -> None:

@@ -75,16 +75,6 @@ def from_json(data: object, shape: tuple[int, ...], spec: TensorSpec) -> Tensor:
     return _cast(array, data, spec).reshape(shape)
 
 
-def to_json(array: Tensor, spec: TensorSpec) -> list[Any]:
-    """Row-major flat JSON data. Raises ValueError for a value that JSON cannot hold (NaN, infinity)."""
-    if spec.datatype == "BYTES":
-        return [_text(item) for item in array.ravel()]
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"output {spec.name!r} holds a value that is not finite")
-    flat: list[Any] = array.ravel().tolist()
-    return flat
-
-
 def _check_size(found: tuple[int, ...], shape: tuple[int, ...], spec: TensorSpec) -> None:
     if found == shape or (len(found) == 1 and found[0] == math.prod(shape)):
         return
@@ -154,7 +144,3 @@ def _flatten(data: list[Any], shape: tuple[int, ...]) -> list[Any] | None:
             return None
         level = [item for part in level for item in part]
     return level
-
-
-def _text(item: bytes | str) -> str:
-    return item if isinstance(item, str) else item.decode("utf-8", "replace")

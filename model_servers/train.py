@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from model_servers.manifest import Manifest, write_artifact
+from model_servers.dense import dense_softmax
+from model_servers.manifest import ARRAYS, Manifest, packed, write_artifact
 from model_servers.tensors import Tensor, TensorSpec
 
 ARTIFACTS = Path(__file__).parent / "artifacts" / "digits"
@@ -71,10 +72,8 @@ def _layers(weights: list[Any], biases: list[Any]) -> dict[str, Tensor]:
 
 def digits_manifest(version: str, arrays: dict[str, Tensor], digits: Digits) -> Manifest:
     """The manifest of a digits model, with its accuracy on the held-out third and a few of those rows as examples."""
-    from model_servers.model import dense_softmax  # noqa: PLC0415  kept beside its one use
-
-    predict = dense_softmax(arrays)
-    found = predict({"pixels": digits.test_pixels.astype(np.float32)})["label"]
+    predict = dense_softmax(arrays, "pixels")
+    found = predict({"pixels": digits.test_pixels.astype(np.float32)}, {})["label"]
     accuracy = float(np.mean(found == digits.test_labels))
     return Manifest(
         name="digits",
@@ -97,7 +96,9 @@ def train(out: Path) -> list[Manifest]:
     with threadpool_limits(limits=1):  # the order of additions, and so the last bit, depends on the number of threads
         for number, version, fit in (("1", "1-logistic", train_logistic), ("2", "2-mlp", train_mlp)):
             arrays = fit(digits)
-            manifests.append(write_artifact(out / number, digits_manifest(version, arrays, digits), arrays))
+            manifests.append(
+                write_artifact(out / number, digits_manifest(version, arrays, digits), {ARRAYS: packed(arrays)})
+            )
     return manifests
 
 
