@@ -86,8 +86,10 @@ class EnvoyAdmin:
 
     async def filter_version(self) -> str | None:
         """`version_info` of the ext_proc filter in force; compare with `version_of(render_filter(...))`."""
-        answer = await self._json("/config_dump?resource=ecds_filters")
-        found = [one.get("version_info") for one in answer.get("configs", ()) if isinstance(one, Mapping)]
+        status, _, body = await self._get("/config_dump?resource=ecds_filters")
+        if status == 404:  # Envoy's way to say that it has none yet
+            return None
+        found = [one.get("version_info") for one in self._parsed(status, body, "/config_dump").get("configs", ())]
         return found[0] if found else None
 
     async def close(self) -> None:
@@ -98,8 +100,11 @@ class EnvoyAdmin:
 
     async def _json(self, path: str) -> Mapping[str, Any]:
         status, _, body = await self._get(path)
+        return self._parsed(status, body, path.partition("?")[0])
+
+    def _parsed(self, status: int, body: bytes, path: str) -> Mapping[str, Any]:
         if status != 200:
-            raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers {status} to {path.partition('?')[0]}")
+            raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers {status} to {path}")
         try:
             answer = json.loads(body)
         except ValueError:

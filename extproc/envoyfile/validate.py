@@ -18,7 +18,7 @@ import yaml
 from extproc.envoyfile.output import to_text
 from extproc.envoyfile.settings import EnvoyFileError, EnvoySettings
 from extproc.envoyfile.template import Tree
-from extproc.envoyfile.write import WRITE_ORDER
+from extproc.envoyfile.write import WRITE_ORDER, write
 
 _VALIDATE_TIMEOUT_S = 60.0
 _PROBLEM = re.compile(r"^\[[^]]*]\[\d+]\[(?:critical|error)]\[[^]]*] (?:\[[^]]*] )?(.*)", re.MULTILINE | re.DOTALL)
@@ -65,12 +65,36 @@ async def validate(source: Path | Mapping[str, str]) -> None:
     trees = {name: _parse(name, text) for name, text in texts.items()}
     with tempfile.TemporaryDirectory(prefix="perch-validate-") as folder:
         scratch = Path(folder)
-        problem = await _judge(scratch, texts["bootstrap.yaml"])
+        write(scratch / "files", texts)
+        here = _relocated(trees, _files_folder(trees["bootstrap.yaml"]), str(scratch / "files"))
+        problem = await _judge(scratch, to_text(here["bootstrap.yaml"], "the bootstrap"))
         if problem:
             raise EnvoyFileError(f"bootstrap.yaml: {problem}")
-        problem = await _judge(scratch, to_text(_merged(trees, WRITE_ORDER), "all files"))
+        problem = await _judge(scratch, to_text(_merged(here, WRITE_ORDER), "all files"))
         if problem:
-            raise EnvoyFileError(f"{await _culprit(scratch, trees)}: {problem}")
+            raise EnvoyFileError(f"{await _culprit(scratch, here)}: {problem}")
+
+
+def _files_folder(bootstrap: Tree) -> str:
+    """Where the bootstrap says the other files are: perhaps not here, perhaps not yet."""
+    try:
+        path = bootstrap["dynamic_resources"]["cds_config"]["path_config_source"]["path"]
+    except (KeyError, TypeError):
+        raise EnvoyFileError("bootstrap.yaml: names no file for cds_config; run perch envoy render") from None
+    return str(Path(path).parent)
+
+
+def _relocated(tree: Tree, old: str, new: str) -> Tree:
+    """`tree` with every path in the folder `old` moved to `new`."""
+    match tree:
+        case dict():
+            return {key: _relocated(value, old, new) for key, value in tree.items()}
+        case list():
+            return [_relocated(item, old, new) for item in tree]
+        case str() if tree == old or tree.startswith(f"{old}/"):
+            return new + tree[len(old) :]
+        case _:
+            return tree
 
 
 def _texts(source: Path | Mapping[str, str]) -> dict[str, str]:
