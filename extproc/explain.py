@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extproc.core.decision import Decision, Request, decide
+from extproc.core.decision import Decision, decide
 from extproc.core.document import FlagFileError, Place, Problem
 from extproc.core.exposure import ExposureError
 from extproc.core.flags import Exposures, Flag, SourceKind
-from extproc.core.ruleset import Plan, Reason, Ruleset, compile_ruleset, ruleset_version
+from extproc.core.request import Request
+from extproc.core.ruleset import Plan, Reason, Ruleset, Split, compile_ruleset, ruleset_version
 from extproc.core.schema import parse
 from extproc.flagfile import Paths, read_exposures
 from extproc.flagyaml import MAX_BYTES, read_document
@@ -63,6 +64,11 @@ class Explanation:
     plan: Plan
     version: str
 
+    @property
+    def split(self) -> Split:
+        """The split that decided, or would have."""
+        return self.plan.split_of(self.decision.choice.rule)
+
     def plain(self) -> dict[str, Any]:
         """The keys that programs rely on, and a few more."""
         choice = self.decision.choice
@@ -72,25 +78,28 @@ class Explanation:
             "reason": choice.reason.value,
             "rule": choice.rule or None,
             "bucket": self.decision.bucket,
-            "threshold": self.plan.threshold,
+            "threshold": self.split.threshold,
             "version": self.version,
             "model": choice.model,
-            "salt": self.plan.hash_prefix[:-1].decode(),
+            "salt": self.split.hash_prefix[:-1].decode(),
             "hash": self.decision.unit_hash,
         }
 
     def sentence(self) -> str:
         """The same for people."""
-        plan, choice = self.plan, self.decision.choice
-        share = f"{plan.threshold / 1000:g} %"
+        split, choice = self.split, self.decision.choice
+        share = f"{split.threshold / 1000:g} %"
         arm = f"{choice.cohort.value}:"
         match choice.reason:
-            case Reason.SPLIT:
+            case Reason.SPLIT | Reason.RULE_SPLIT:
                 side = "below" if choice.cohort == "canary" else "not below"
-                salt = plan.hash_prefix[:-1].decode()
-                return f"{arm} bucket {self.decision.bucket} is {side} {plan.threshold} ({share}, salt {salt})"
+                salt = split.hash_prefix[:-1].decode()
+                rule = f"by rule {choice.rule}, " if choice.rule else ""
+                return f"{arm} {rule}bucket {self.decision.bucket} is {side} {split.threshold} ({share}, salt {salt})"
+            case Reason.TARGETING_MATCH:
+                return f"{arm} by rule {choice.rule}"
             case Reason.NO_UNIT:
-                names = ", ".join(unit_names(plan.flag))
+                names = ", ".join(unit_names(self.plan.flag))
                 return f"{arm} the request carries none of {names}; canary serves {share}"
             case Reason.AMBIGUOUS_UNIT:
                 return f"{arm} the unit came twice, so nobody knows who the user is"

@@ -1,34 +1,17 @@
 """Decides which arm a request gets. Total: every request has an answer with a reason, whatever bytes it carries."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from enum import Enum
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from extproc.core.bucketing import bucket_of, hash_unit
 from extproc.core.flags import Arm
-from extproc.core.ruleset import Choice, Plan, Ruleset
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from extproc.core.ruleset import Reader
+from extproc.core.request import Request, cookie_values
+from extproc.core.rules import first_match
+from extproc.core.ruleset import Choice, Plan, Reader, Ruleset
 
 FORCE_HEADER = b"x-force-cohort"
-NOTHING: "Mapping[bytes, Sequence[bytes]]" = MappingProxyType({})
-
-
-@dataclass(slots=True)
-class Request:
-    """The request headers as Envoy sent them: lower-case names, values as raw bytes.
-
-    `headers` has the first value of each header; `repeated` has all values, in order, of those that came twice or more.
-    Not frozen, because freezing costs as much as the decision itself; nobody changes one.
-    """
-
-    headers: "Mapping[bytes, bytes]"
-    repeated: "Mapping[bytes, Sequence[bytes]]" = field(default_factory=lambda: NOTHING)
 
 
 class Decision(NamedTuple):
@@ -63,16 +46,21 @@ def decide(ruleset: Ruleset, request: Request) -> Decision:
         forced = forced_arm(ruleset, request)
         if forced is not None:
             return _forced(plan, forced)
-    # Rules have their place here: first match wins, before the percentage.
-    if plan.held:
+    split = plan.split
+    if plan.rules:
+        outcome = first_match(plan.rules, request)
+        if isinstance(outcome, Choice):
+            return Decision(plan.not_warm if plan.cold and outcome.cohort is Arm.CANARY else outcome)
+        split = split if outcome is None else outcome
+    if plan.cold and split.wanted:
         return Decision(plan.not_warm)
     unit = unit_of(plan.readers, request)
     if unit is None:
-        return Decision(plan.canary_no_unit if plan.everybody else plan.stable_no_unit)
+        return Decision(plan.canary_no_unit if split.everybody else plan.stable_no_unit)
     if unit is AMBIGUOUS:
-        return Decision(plan.canary_ambiguous if plan.everybody else plan.stable_ambiguous)
-    unit_hash = hash_unit(plan.hash_prefix, unit)
-    return Decision(plan.canary if unit_hash < plan.first_hash_outside else plan.stable, unit_hash)
+        return Decision(plan.canary_ambiguous if split.everybody else plan.stable_ambiguous)
+    unit_hash = hash_unit(split.hash_prefix, unit)
+    return Decision(split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash)
 
 
 def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
@@ -87,7 +75,7 @@ def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
     return ruleset.no_model
 
 
-def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity | None:
+def unit_of(readers: Sequence[Reader], request: Request) -> bytes | Ambiguity | None:
     """The first unit that is present and not empty, as received; AMBIGUOUS if that one came twice; None without any."""
     for reader in readers:
         value = request.headers.get(reader.header)
@@ -95,7 +83,7 @@ def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity 
             continue
         values: Sequence[bytes]
         if reader.cookie is not None:
-            values = cookie_values(request, reader)
+            values = cookie_values(request, reader.cookie)
         elif reader.header in request.repeated:
             values = request.repeated[reader.header]
         elif value:
@@ -105,17 +93,6 @@ def unit_of(readers: "Sequence[Reader]", request: Request) -> bytes | Ambiguity 
         if any(values):
             return values[0] if len(values) == 1 else AMBIGUOUS
     return None
-
-
-def cookie_values(request: Request, reader: "Reader") -> list[bytes]:
-    """The values of one cookie over all cookie headers. Only the syntax's white space is taken off."""
-    found = []
-    for line in request.repeated.get(reader.header, (request.headers[reader.header],)):
-        for pair in line.split(b";"):
-            name, equals, value = pair.strip(b" \t").partition(b"=")
-            if equals and name == reader.cookie:
-                found.append(value)
-    return found
 
 
 def forced_arm(ruleset: Ruleset, request: Request) -> Arm | None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 
+from extproc.core.conditions import Condition
+
 
 class Arm(StrEnum):
     """One of the two versions of a model; as the arm that a request was assigned it is called its cohort."""
@@ -98,6 +100,16 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One rule: where `when` is true, `serve` decides, or a split of its own at `percent`; one of them is set."""
+
+    name: str
+    when: Condition
+    serve: Arm | None = None
+    percent: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
     """One flag as a person wrote it, checked and with its defaults filled in. It has a percent or a rollout."""
 
@@ -106,6 +118,7 @@ class Flag:
     salt: str
     percent: Decimal | None = None
     rollout: Rollout | None = None
+    rules: tuple[Rule, ...] = ()
     unit: tuple[UnitSource, ...] = (
         UnitSource(SourceKind.HEADER, "x-user-id"),
         UnitSource(SourceKind.HEADER, "x-session-id"),

@@ -1,13 +1,14 @@
 """Compiles flags into a frozen ruleset: everything that a decision needs, worked out before the first request."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from types import MappingProxyType
 
-from extproc.core.bucketing import effective_salt, first_hash_outside, hash_prefix, threshold_of
+from extproc.core.bucketing import effective_salt, first_hash_outside, hash_prefix, rule_salt, threshold_of
+from extproc.core.conditions import Condition, headers_read
 from extproc.core.flags import (
     Arm,
     Exposure,
@@ -15,9 +16,9 @@ from extproc.core.flags import (
     Flag,
     MissingUnit,
     SourceKind,
-    effective_percent,
     wanted_percent,
 )
+from extproc.core.rules import Group, compile_rules
 
 EVERYBODY = Decimal(100)
 
@@ -58,23 +59,35 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """One flag, compiled: constants, and the choice for each way a decision can end.
+class Split:
+    """Units divided at a threshold: the flag's own percentage, or a rule's.
 
-    `cold`: the warm gate is closed, nobody gets canary. `held`: it is closed and somebody would have got it.
-    `first_hash_outside`: hashes below it are exposed. It equals the threshold, without a multiplication per request.
+    `threshold` counts exposed buckets. Hashes below `first_hash_outside` are exposed: the same, without a
+    multiplication per request. `wanted`: somebody would be exposed if the warm gate were open.
+    """
+
+    threshold: int
+    everybody: bool
+    wanted: bool
+    hash_prefix: bytes
+    first_hash_outside: int
+    canary: Choice
+    stable: Choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One flag, compiled: its rules, its split, and the choice for each other way a decision can end.
+
+    `cold`: the warm gate is closed, nobody gets canary.
     """
 
     flag: Flag
-    threshold: int
-    everybody: bool
+    choices: tuple[Choice, ...]
     cold: bool
-    held: bool
-    hash_prefix: bytes
-    first_hash_outside: int
     readers: tuple[Reader, ...]
-    canary: Choice
-    stable: Choice
+    rules: tuple[Group[Choice | Split], ...]
+    split: Split
     canary_no_unit: Choice
     stable_no_unit: Choice
     canary_ambiguous: Choice
@@ -85,20 +98,17 @@ class Plan:
     disabled: Choice
 
     @property
-    def choices(self) -> tuple[Choice, ...]:
-        """Every choice of this flag, in the order of their indexes."""
-        return (
-            self.canary,
-            self.stable,
-            self.canary_no_unit,
-            self.stable_no_unit,
-            self.canary_ambiguous,
-            self.stable_ambiguous,
-            self.forced_canary,
-            self.forced_stable,
-            self.not_warm,
-            self.disabled,
-        )
+    def held(self) -> bool:
+        """Whether the warm gate keeps somebody from canary whom the percentage would send there."""
+        return self.cold and self.split.wanted
+
+    def split_of(self, rule: str) -> Split:
+        """The split that decided: the rule's with that name if it has one, else the flag's own."""
+        for group in self.rules:
+            for compiled in group.rules:
+                if isinstance(compiled.outcome, Split) and compiled.outcome.canary.rule == rule:
+                    return compiled.outcome
+        return self.split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +142,8 @@ def readers_of(flag: Flag) -> tuple[Reader, ...]:
 
 def headers_of(flag: Flag) -> frozenset[str]:
     """The request headers that Envoy must forward for this flag to be decided."""
-    return frozenset(reader.header.decode() for reader in readers_of(flag))
+    units = frozenset(reader.header.decode() for reader in readers_of(flag))
+    return units.union(*(headers_read(rule.when) for rule in flag.rules))
 
 
 ENDINGS = (
@@ -154,10 +165,19 @@ FLAGLESS = 2
 
 
 def choices_of(flag: Flag, first_index: int) -> tuple[Choice, ...]:
-    """Every answer this flag can give, numbered from `first_index`: a reply is prepared for each."""
+    """Every answer this flag can give, numbered from `first_index`: a reply is prepared for each.
+
+    ENDINGS first, then for each rule one choice that it serves, or two of its split, canary before stable.
+    """
+    endings = [(cohort, reason, "") for cohort, reason in ENDINGS]
+    for rule in flag.rules:
+        if rule.serve is not None:
+            endings.append((rule.serve, Reason.TARGETING_MATCH, rule.name))
+        else:
+            endings.extend((arm, Reason.RULE_SPLIT, rule.name) for arm in (Arm.CANARY, Arm.STABLE))
     return tuple(
-        Choice(first_index + offset, flag.key, flag.model, cohort, reason)
-        for offset, (cohort, reason) in enumerate(ENDINGS)
+        Choice(first_index + offset, flag.key, flag.model, cohort, reason, rule)
+        for offset, (cohort, reason, rule) in enumerate(endings)
     )
 
 
@@ -171,22 +191,18 @@ def flagless_choices(models: Iterable[str]) -> tuple[Choice, ...]:
 
 
 def compile_flag(flag: Flag, exposure: Exposure | None, first_index: int) -> Plan:
-    """One flag and what the controller decided for it, as constants. About 15 us."""
-    percent = effective_percent(flag, exposure)
-    threshold = threshold_of(percent)
-    cold = exposure is not None and exposure.cap == 0
+    """One flag and what the controller decided for it, as constants. About 25 us without rules."""
     choices = choices_of(flag, first_index)
+    cold = exposure is not None and exposure.cap == 0
+    salt = effective_salt(flag.salt, exposure.attempt if exposure is not None else 0)
+    cap = Decimal(0) if cold or not flag.enabled else EVERYBODY
     return Plan(
         flag=flag,
-        threshold=threshold,
-        everybody=percent == EVERYBODY,
+        choices=choices,
         cold=cold,
-        held=cold and wanted_percent(flag, exposure) > 0,
-        hash_prefix=hash_prefix(effective_salt(flag.salt, exposure.attempt if exposure is not None else 0)),
-        first_hash_outside=first_hash_outside(threshold),
         readers=readers_of(flag),
-        canary=choices[0],
-        stable=choices[1],
+        rules=_compile_rules(flag, salt, cap, choices[len(ENDINGS) :]),
+        split=_split(salt, wanted_percent(flag, exposure), cap, choices[:2]),
         canary_no_unit=choices[2],
         stable_no_unit=choices[3],
         canary_ambiguous=choices[4],
@@ -196,6 +212,33 @@ def compile_flag(flag: Flag, exposure: Exposure | None, first_index: int) -> Pla
         not_warm=choices[8],
         disabled=choices[9],
     )
+
+
+def _split(salt: str, wanted: Decimal, cap: Decimal, choices: Sequence[Choice]) -> Split:
+    """A split at `wanted` percent, never above the cap. `choices` are canary's and stable's."""
+    percent = min(wanted, cap)
+    threshold = threshold_of(percent)
+    return Split(
+        threshold=threshold,
+        everybody=percent == EVERYBODY,
+        wanted=wanted > 0,
+        hash_prefix=hash_prefix(salt),
+        first_hash_outside=first_hash_outside(threshold),
+        canary=choices[0],
+        stable=choices[1],
+    )
+
+
+def _compile_rules(flag: Flag, salt: str, cap: Decimal, choices: Sequence[Choice]) -> tuple[Group[Choice | Split], ...]:
+    outcomes: list[tuple[Condition, Choice | Split]] = []
+    left = list(choices)
+    for rule in flag.rules:
+        if rule.percent is None:
+            outcomes.append((rule.when, left.pop(0)))
+        else:
+            own = (left.pop(0), left.pop(0))
+            outcomes.append((rule.when, _split(rule_salt(salt, rule.name), rule.percent, cap, own)))
+    return compile_rules(outcomes)
 
 
 class Draft:

@@ -1,143 +1,20 @@
 """The schema of the flag file: a Document becomes flags, or a list of everything that is wrong with it."""
 
 import difflib
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from extproc.core.conditions import Condition
 from extproc.core.document import Document, FlagFileError, Path, Problem, dotted
-from extproc.core.flags import (
-    Flag,
-    Guardrail,
-    Margin,
-    MarginKind,
-    MissingUnit,
-    Rollout,
-    SourceKind,
-    Step,
-    UnitSource,
-)
+from extproc.core.flags import Flag, Guardrail, MissingUnit, Rollout, Step
+from extproc.core.ruleschema import Comparison, ConditionModel, RuleModel, condition_of, segments_named
+from extproc.core.scalars import Count, Day, Duration, MarginText, Name, Percent, Salt, Switch, Text, Unit, salt, shown
 
-MAX_NAME = 200
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
-_DURATION = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
-_MARGIN = re.compile(r"([-+]?[0-9]+(?:\.[0-9]+)?)([x%]?)")
-_FIXED_GUARDRAILS = ("errors", "latency", "drift", "hangs", "srm")
-
-
-def _percent(value: Any) -> Decimal:
-    if isinstance(value, str) and value.rstrip().endswith("%"):
-        raise ValueError(f"write the number alone: {value.rstrip().rstrip('%').rstrip()}")
-    if isinstance(value, bool) or not isinstance(value, int | Decimal):
-        raise ValueError(f"a percentage is a number from 0 to 100, not {_shown(value)}")
-    percent = Decimal(value)
-    if not 0 <= percent <= 100:
-        raise ValueError(f"{value} is not between 0 and 100")
-    if percent != round(percent, 3):
-        raise ValueError(f"{value} has more than three decimals; the smallest step is 0.001")
-    return percent
-
-
-def _duration(value: Any) -> float:
-    match = _DURATION.fullmatch(value) if isinstance(value, str) and value else None
-    if match is None:
-        raise ValueError(f"a duration looks like 30s, 10m, 2h or 1h30m, not {_shown(value)}")
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def _margin(value: Any) -> Margin:
-    text = str(value) if isinstance(value, int | Decimal) and not isinstance(value, bool) else value
-    match = _MARGIN.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"a margin looks like 1.2x, 15% or 0.20, not {_shown(value)}")
-    return Margin(Decimal(match[1]), MarginKind(match[2]))
-
-
-def _unit(value: Any) -> UnitSource:
-    if not isinstance(value, str):
-        raise ValueError(f"a unit is a header's name, cookie:NAME or random, not {_shown(value)}")
-    if value == "random":
-        return UnitSource(SourceKind.RANDOM, "")
-    if value.startswith("cookie:"):
-        if not _HEADER.fullmatch(value[7:]):
-            raise ValueError(f"{_shown(value)} names no cookie; write cookie:NAME")
-        return UnitSource(SourceKind.COOKIE, value[7:])
-    if not _HEADER.fullmatch(value):
-        raise ValueError(f"{_shown(value)} is not a header's name")
-    if "_" in value:
-        raise ValueError(f"Envoy drops headers with underscores; send and write {value.replace('_', '-')}")
-    return UnitSource(SourceKind.HEADER, value.lower())
-
-
-def _name(value: str) -> str:
-    if len(value) > MAX_NAME:
-        raise ValueError(f"longer than {MAX_NAME} characters")
-    if not _NAME.fullmatch(value):
-        raise ValueError(
-            f"{_shown(value)} may have letters, digits and . _ - / only, and begins with a letter or digit"
-        )
-    return value
-
-
-def _salt(value: str) -> str:
-    if ":" in value:
-        raise ValueError("a salt must not contain ':', which separates it from the unit")
-    if "#" in value:
-        raise ValueError("a salt must not contain '#', which separates it from the attempt of a reseeded rollout")
-    return _name(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, not {_shown(value)}; put it in quotes")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"write true or false, not {_shown(value)}")
-    return value
-
-
-def _date(value: Any) -> str:
-    try:
-        return date.fromisoformat(value).isoformat()
-    except (TypeError, ValueError):
-        raise ValueError(f"a date looks like 2027-03-01, not {_shown(value)}") from None
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"a count is a whole number from 0, not {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """A value as people wrote it, short."""
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    word = {True: "true", False: "false", None: "nothing"}.get(value) if value in (None, True, False) else None
-    text = word if word is not None and not isinstance(value, Decimal) else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-Percent = Annotated[Decimal, BeforeValidator(_percent)]
-Duration = Annotated[float, BeforeValidator(_duration)]
-MarginText = Annotated[Margin, BeforeValidator(_margin)]
-Unit = Annotated[UnitSource, BeforeValidator(_unit)]
-Name = Annotated[str, BeforeValidator(_text), AfterValidator(_name)]
-Salt = Annotated[str, BeforeValidator(_text), AfterValidator(_salt)]
-Text = Annotated[str, BeforeValidator(_text)]
-Switch = Annotated[bool, BeforeValidator(_flag)]
-Day = Annotated[str, BeforeValidator(_date)]
-Count = Annotated[int, BeforeValidator(_count)]
+FIXED_GUARDRAILS = ("errors", "latency", "drift", "hangs", "srm")
+MAX_RULES = 1_000
 
 
 class _Strict(BaseModel):
@@ -202,6 +79,7 @@ class FlagModel(_Strict):
     enabled: Switch = True
     allow_force: Switch = False
     expires: Day | None = None
+    rules: Annotated[list[RuleModel], Field(max_length=MAX_RULES)] = []
     canary: Percent | None = None
     rollout: RolloutModel | None = None
 
@@ -212,15 +90,16 @@ class FlagModel(_Strict):
             raise ValueError("one_percentage")
         return self
 
-    def flag(self, key: str) -> Flag:
+    def flag(self, key: str, segments: Mapping[str, Condition]) -> Flag:
         """As the core knows it, with the defaults that come from the key."""
-        unit = {"unit": tuple(self.unit)} if self.unit is not None else {}
+        unit: dict[str, Any] = {"unit": tuple(self.unit)} if self.unit is not None else {}
         return Flag(
             key=key,
             model=self.model or key,
             salt=self.salt or key,
             percent=self.canary,
             rollout=self.rollout.rollout() if self.rollout is not None else None,
+            rules=tuple(rule.rule(segments) for rule in self.rules),
             missing_unit=MissingUnit(self.missing_unit),
             enabled=self.enabled,
             allow_force=self.allow_force,
@@ -235,6 +114,7 @@ class FlagFileModel(_Strict):
     """The whole file."""
 
     version: Literal[1]
+    segments: dict[str, ConditionModel] = {}
     flags: dict[str, FlagModel]
 
 
@@ -254,7 +134,11 @@ def parse(document: Document, models: Collection[str] | None) -> ParsedFlags:
         model = FlagFileModel.model_validate(document.data)
     except ValidationError as error:
         raise FlagFileError(_problems(document, error)) from None
-    flags = tuple(flag.flag(key) for key, flag in model.flags.items())
+    problems = [*_segment_problems(document, model), *_rule_name_problems(document, model)]
+    if problems:
+        raise FlagFileError(problems)
+    segments = _segments(model)
+    flags = tuple(flag.flag(key, segments) for key, flag in model.flags.items())
     problems = [
         *_key_problems(document, flags),
         *_model_problems(document, flags, models),
@@ -269,9 +153,67 @@ def _key_problems(document: Document, flags: tuple[Flag, ...]) -> Iterator[Probl
     """A key is also the default salt and model, so it must do as both."""
     for flag in flags:
         try:
-            _salt(flag.key)
+            salt(flag.key)
         except ValueError as error:
             yield document.problem(("flags", flag.key), f"the key of a flag: {error}", of_key=True)
+
+
+def _segments(model: FlagFileModel) -> dict[str, Condition]:
+    """Every segment as a condition, those that name others after them. There is no circle: that was checked."""
+    segments: dict[str, Condition] = {}
+
+    def resolve(name: str) -> None:
+        if name not in segments:
+            for other in segments_named(model.segments[name]):
+                resolve(other)
+            segments[name] = condition_of(model.segments[name], segments)
+
+    for name in model.segments:
+        resolve(name)
+    return segments
+
+
+def _segment_problems(document: Document, model: FlagFileModel) -> Iterator[Problem]:
+    """Segments that are not there, and those that name themselves, at once or by way of others."""
+    users: list[tuple[Path, ConditionModel]] = [
+        (("segments", name), condition) for name, condition in model.segments.items()
+    ]
+    for key, flag in model.flags.items():
+        users.extend((("flags", key, "rules", i, "when"), rule.when) for i, rule in enumerate(flag.rules))
+    known = True
+    for path, condition in users:
+        for name in segments_named(condition):
+            if name not in model.segments:
+                known = False
+                hint = _nearest(name, model.segments)
+                have = f"did you mean {hint}?" if hint else "define it under `segments:`"
+                yield document.problem(path, f"there is no segment {name}; {have}")
+    if known:
+        for name in model.segments:
+            if _reaches(model, name, name, set()):
+                yield document.problem(("segments", name), "this segment names itself", of_key=True)
+
+
+def _reaches(model: FlagFileModel, start: str, goal: str, seen: set[str]) -> bool:
+    for name in segments_named(model.segments[start]):
+        if name == goal:
+            return True
+        if name not in seen:
+            seen.add(name)
+            if _reaches(model, name, goal, seen):
+                return True
+    return False
+
+
+def _rule_name_problems(document: Document, model: FlagFileModel) -> Iterator[Problem]:
+    """A rule's name is its salt and its label, so two rules of a flag cannot share one."""
+    for key, flag in model.flags.items():
+        first: dict[str, int] = {}
+        for i, rule in enumerate(flag.rules):
+            if rule.name in first:
+                message = f"the rule {rule.name} stands here again; give it a name of its own"
+                yield document.problem(("flags", key, "rules", i, "name"), message)
+            first.setdefault(rule.name, i)
 
 
 def _model_problems(document: Document, flags: tuple[Flag, ...], models: Collection[str] | None) -> Iterator[Problem]:
@@ -296,16 +238,28 @@ def _rollout_problems(document: Document, key: str, rollout: Rollout) -> Iterato
             yield document.problem((*path, "steps", i, "canary"), message)
     for guardrail in rollout.guardrails or ():
         kind, _, name = guardrail.name.partition(".")
-        if guardrail.name in _FIXED_GUARDRAILS or (kind == "kpi" and name):
+        if guardrail.name in FIXED_GUARDRAILS or (kind == "kpi" and name):
             continue
-        message = f"unknown guardrail; known are {', '.join(_FIXED_GUARDRAILS)} and kpi.NAME"
+        message = f"unknown guardrail; known are {', '.join(FIXED_GUARDRAILS)} and kpi.NAME"
         yield document.problem((*path, "guardrails", guardrail.name), message, of_key=True)
 
 
 def _problems(document: Document, error: ValidationError) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
-        loc = tuple(step for step in detail["loc"] if not (isinstance(step, str) and step == "[key]"))
-        yield _problem(document, loc, detail)
+        yield _problem(document, _path_in(document.data, detail["loc"]), detail)
+
+
+def _path_in(data: Any, loc: Path) -> Path:
+    """Pydantic's location without the steps that are names of its own and not keys of the document."""
+    path: list[str | int] = []
+    for i, step in enumerate(loc):
+        inside = step in data if isinstance(data, dict) else isinstance(step, int) and isinstance(data, list)
+        if inside:
+            path.append(step)
+            data = data[step]
+        elif i == len(loc) - 1 and isinstance(data, dict):
+            path.append(step)
+    return tuple(path)
 
 
 def _problem(document: Document, path: Path, detail: Any) -> Problem:
@@ -322,11 +276,11 @@ def _problem(document: Document, path: Path, detail: Any) -> Problem:
         case "value_error":
             return document.problem(path, str(context["error"]))
         case "literal_error":
-            return document.problem(path, f"write {context['expected']}, not {_shown(value)}")
+            return document.problem(path, f"write {context['expected']}, not {shown(value)}")
         case "model_type" | "dict_type" | "model_attributes_type":
-            return document.problem(path, f"expected a mapping of keys, not {_shown(value)}")
+            return document.problem(path, f"expected a mapping of keys, not {shown(value)}")
         case "list_type":
-            return document.problem(path, f"expected a list, not {_shown(value)}")
+            return document.problem(path, f"expected a list, not {shown(value)}")
         case "too_short":
             return document.problem(path, "the list is empty")
         case _:
@@ -334,24 +288,30 @@ def _problem(document: Document, path: Path, detail: Any) -> Problem:
 
 
 def _unknown_key(path: Path) -> str:
-    known = _keys_at(path[:-1])
+    model = _model_at(path[:-1])
+    known = [field.alias or name for name, field in model.model_fields.items()]
     hint = _nearest(str(path[-1]), known)
     return "unknown key" + (f"; did you mean {hint}?" if hint else f"; known are {', '.join(known)}")
 
 
-def _keys_at(path: Path) -> tuple[str, ...]:
+def _model_at(path: Path) -> type[BaseModel]:
     match path:
         case ():
-            model: type[BaseModel] = FlagFileModel
+            return FlagFileModel
         case ("flags", _):
-            model = FlagModel
+            return FlagModel
+        case ("flags", _, "rules", _):
+            return RuleModel
         case ("flags", _, "rollout"):
-            model = RolloutModel
+            return RolloutModel
         case ("flags", _, "rollout", "steps", _):
-            model = StepModel
+            return StepModel
+        case ("flags", _, "rollout", *_):
+            return GuardrailModel
+        case (*_, "path" | "method"):
+            return Comparison
         case _:
-            model = GuardrailModel
-    return tuple(model.model_fields)
+            return ConditionModel
 
 
 def _nearest(word: str, known: Collection[str]) -> str | None:

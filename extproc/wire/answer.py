@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from extproc.core.decision import Request, decide
+from extproc.core.decision import decide
+from extproc.core.request import Request
 from extproc.core.ruleset import Ruleset
 from extproc.wire.ext_proc_pb2 import ProcessingRequest
 

@@ -46,19 +46,14 @@ def reply(choice: Choice, version: str) -> bytes:
     For a choice with a hash (reason in HASHED) the last 8 bytes are missing: the caller appends the hash as a
     little-endian double. Everything else is complete.
     """
-    entries = {
-        "flag": choice.flag,
-        "model": choice.model,
-        "cohort": choice.cohort.value,
-        "reason": choice.reason.value,
-        "rule": choice.rule,
-        "version": version,
-    }
-    parts = [_text_entry(key, value) for key, value in entries.items() if value]
     hashed = choice.reason in HASHED
-    if hashed:
-        parts.append(_hash_entry())
-    whole = _header_change(choice.cohort) + _dynamic_metadata(b"".join(parts))
+    metadata = (
+        _text_entries(flag=choice.flag, model=choice.model)
+        + _text_entries(cohort=choice.cohort.value, reason=choice.reason.value, rule=choice.rule)
+        + _text_entries(version=version)
+        + (_hash_entry() if hashed else b"")
+    )
+    whole = _header_change(choice.cohort) + _dynamic_metadata(metadata)
     return whole[: -len(_SLOT)] if hashed else whole
 
 
@@ -82,8 +77,9 @@ def _header_change(cohort: Arm) -> bytes:
 
 
 @functools.lru_cache(maxsize=65536)
-def _text_entry(key: str, value: str) -> bytes:
-    return bytes(Struct(fields={key: Value(string_value=value)}))
+def _text_entries(**texts: str) -> bytes:
+    """Metadata entries of those texts that are not empty."""
+    return bytes(Struct(fields={key: Value(string_value=text) for key, text in texts.items() if text}))
 
 
 @functools.cache
@@ -104,7 +100,12 @@ def _field(number: int, content: bytes) -> bytes:
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
+_SHORT = [bytes([number]) for number in range(0x80)]
+
+
 def _varint(number: int) -> bytes:
+    if number < len(_SHORT):
+        return _SHORT[number]
     out = bytearray()
     while number > 0x7F:
         out.append(number & 0x7F | 0x80)

@@ -1,0 +1,290 @@
+"""What a rule asks of a request, as frozen values, and the closures that answer it without raising.
+
+Logic is plain boolean: a condition on a header that is absent is false, and its negation true. A header that came more
+than once satisfies a condition if any of its values does. Values are compared as bytes, case-sensitive.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import re2
+
+from extproc.core.request import Request, cookie_values
+
+Test = Callable[[Request], bool]
+ValueTest = Callable[[bytes], bool]
+
+MAX_REGEX_BYTES = 1 << 20
+"""Memory that one compiled expression may take: a bound on what a flag file can make every worker hold."""
+
+
+class Subject(StrEnum):
+    """What is looked at."""
+
+    HEADER = "header"
+    COOKIE = "cookie"
+    PATH = "path"
+    METHOD = "method"
+
+
+class Op(StrEnum):
+    """How a value is compared. `not_in` is `in` negated."""
+
+    IN = "in"
+    PREFIX = "prefix"
+    SUFFIX = "suffix"
+    CONTAINS = "contains"
+    REGEX = "regex"
+    SEMVER = "semver"
+    CIDR = "cidr"
+    EXISTS = "exists"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One comparison: of `subject` (with its `name`, lower-case for a header) by `op` with any of `values`."""
+
+    subject: Subject
+    name: str
+    op: Op
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """True where the inner condition is false."""
+
+    inner: "Condition"
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """True where every inner condition is."""
+
+    inner: "tuple[Condition, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class AnyOf:
+    """True where at least one inner condition is."""
+
+    inner: "tuple[Condition, ...]"
+
+
+Condition = Leaf | Not | All | AnyOf
+
+
+def headers_read(condition: Condition) -> frozenset[str]:
+    """The request headers that a condition looks at."""
+    match condition:
+        case Leaf(subject=Subject.HEADER, name=name):
+            return frozenset((name,))
+        case Leaf(subject=Subject.COOKIE):
+            return frozenset(("cookie",))
+        case Leaf(subject=Subject.PATH):
+            return frozenset((":path",))
+        case Leaf():
+            return frozenset((":method",))
+        case Not(inner):
+            return headers_read(inner)
+        case All(inners) | AnyOf(inners):
+            return frozenset[str]().union(*map(headers_read, inners))
+
+
+def needed_header(condition: Condition) -> bytes | None:
+    """A header without which the condition cannot be true, None if there is no such one."""
+    match condition:
+        case Leaf(subject=Subject.HEADER, name=name):
+            return name.encode()
+        case Leaf(subject=Subject.COOKIE):
+            return b"cookie"
+        case All(inners):
+            return next((header for inner in inners if (header := needed_header(inner)) is not None), None)
+        case _:
+            return None
+
+
+def compile_condition(condition: Condition) -> Test:
+    """The condition as a closure over a request. Raises ValueError for what the schema would have refused."""
+    match condition:
+        case Leaf():
+            return _compile_leaf(condition)
+        case Not(inner):
+            test = compile_condition(inner)
+            return lambda request: not test(request)
+        case All(inners):
+            tests = tuple(map(compile_condition, inners))
+            return lambda request: all(test(request) for test in tests)
+        case AnyOf(inners):
+            tests = tuple(map(compile_condition, inners))
+            return lambda request: any(test(request) for test in tests)
+
+
+def _compile_leaf(leaf: Leaf) -> Test:
+    accepts = value_test(leaf.op, leaf.values)
+    match leaf.subject:
+        case Subject.COOKIE:
+            name = leaf.name.encode()
+            return lambda request: any(accepts(value) for value in cookie_values(request, name))
+        case Subject.PATH:
+            return _path_test(accepts)
+        case Subject.METHOD:
+            return _header_test(b":method", accepts)
+        case Subject.HEADER:
+            return _header_test(leaf.name.encode(), accepts)
+
+
+def _path_test(accepts: ValueTest) -> Test:
+    """The path without its query: what is asked for, not with which parameters."""
+
+    def test(request: Request) -> bool:
+        return accepts(request.headers.get(b":path", b"").partition(b"?")[0])
+
+    return test
+
+
+def _header_test(name: bytes, accepts: ValueTest) -> Test:
+    def test(request: Request) -> bool:
+        value = request.headers.get(name)
+        if value is None:
+            return False
+        if name in request.repeated:
+            return any(accepts(each) for each in request.repeated[name])
+        return accepts(value)
+
+    return test
+
+
+def value_test(op: Op, values: Sequence[str]) -> ValueTest:
+    """Whether one value, as raw bytes, compares true. Never raises when called."""
+    encoded = tuple(value.encode() for value in values)
+    match op:
+        case Op.IN:
+            return frozenset(encoded).__contains__
+        case Op.PREFIX:
+            return lambda value: value.startswith(encoded)
+        case Op.SUFFIX:
+            return lambda value: value.endswith(encoded)
+        case Op.CONTAINS:
+            return lambda value: any(part in value for part in encoded)
+        case Op.REGEX:
+            expressions = tuple(compile_regex(value) for value in values)
+            return lambda value: any(expression.search(value) is not None for expression in expressions)
+        case Op.SEMVER:
+            ranges = tuple(parse_semver_range(value) for value in values)
+            return lambda value: any(in_semver_range(value, comparators) for comparators in ranges)
+        case Op.CIDR:
+            networks = tuple(ipaddress.ip_network(value) for value in values)
+            return lambda value: _in_networks(value, networks)
+        case Op.EXISTS:
+            return lambda _value: True
+
+
+def compile_regex(pattern: str) -> "re2._Regexp[bytes]":
+    """A linear-time expression over bytes. Raises ValueError with RE2's reason."""
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = MAX_REGEX_BYTES
+    try:
+        return re2.compile(pattern.encode(), options)
+    except re2.error as error:
+        reason = error.args[0]
+        raise ValueError(reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)) from None
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _in_networks(value: bytes, networks: Sequence[Network]) -> bool:
+    """Whether the last address of an x-forwarded-for list, the one that Envoy itself put there, is in a network."""
+    try:
+        address = ipaddress.ip_address(value.rpartition(b",")[2].strip().decode("ascii"))
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in networks)
+
+
+_SEMVER = re.compile(
+    rb"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})"
+    rb"(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?(?:\+[0-9A-Za-z.-]+)?"
+)
+_COMPARATOR = re.compile(r"(>=|<=|>|<|=|\^|~)?([0-9]+)(?:\.([0-9]+))?(?:\.([0-9]+))?(?:-([0-9A-Za-z.-]+))?")
+
+SemverKey = tuple[int, int, int, tuple[tuple[int, int, bytes], ...]]
+Comparator = tuple[str, SemverKey]
+
+_RELEASE: tuple[tuple[int, int, bytes], ...] = ((2, 0, b""),)
+"""Sorts a release after each of its pre-releases, whose identifiers begin with 0 (numbers) or 1 (words)."""
+
+
+def semver_key(version: bytes) -> SemverKey | None:
+    """A version as a tuple that sorts by precedence; None if it is none. Source: semver.org 2.0.0, item 11."""
+    match = _SEMVER.fullmatch(version)
+    if match is None:
+        return None
+    return int(match[1]), int(match[2]), int(match[3]), _prerelease_key(match[4])
+
+
+def _prerelease_key(text: bytes | None) -> tuple[tuple[int, int, bytes], ...]:
+    if text is None:
+        return _RELEASE
+    return tuple((0, int(part), b"") if part.isdigit() else (1, 0, part) for part in text.split(b"."))
+
+
+def parse_semver_range(text: str) -> tuple[Comparator, ...]:
+    """`>=2.1.0 <3`, `^1.4`, `~1.4.2`, `1.2.3`: comparators that must all hold. Raises ValueError."""
+    comparators: list[Comparator] = []
+    for word in text.replace(",", " ").split():
+        match = _COMPARATOR.fullmatch(word)
+        if match is None:
+            raise ValueError(f"{word!r} is no version comparison; write for example >=2.1.0 <3")
+        comparators.extend(_comparators(match))
+    if not comparators:
+        raise ValueError("a version range is empty; write for example >=2.1.0 <3")
+    return tuple(comparators)
+
+
+def _comparators(match: re.Match[str]) -> list[Comparator]:
+    op, major, minor, patch = match[1] or "=", int(match[2]), match[3], match[4]
+    prerelease = _prerelease_key(match[5].encode() if match[5] else None)
+    low: SemverKey = (major, int(minor or 0), int(patch or 0), prerelease)
+    if op == "^":
+        first = 0 if major else 1 if int(minor or 0) or patch is None else 2
+        return [(">=", low), ("<", _next(low, first))]
+    if op == "~":
+        return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
+    if op == "=" and patch is None:
+        return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
+    return [(op, low)]
+
+
+def _next(key: SemverKey, place: int) -> SemverKey:
+    """The lowest version, pre-releases included, above all that share the parts up to `place`."""
+    parts = [key[0], key[1], key[2]]
+    parts[place] += 1
+    parts[place + 1 :] = [0] * (2 - place)
+    return parts[0], parts[1], parts[2], ()
+
+
+def in_semver_range(value: bytes, comparators: Sequence[Comparator]) -> bool:
+    """Whether a version satisfies all comparators; what is no version satisfies none."""
+    key = semver_key(value)
+    return key is not None and all(_compares(key, op, other) for op, other in comparators)
+
+
+def _compares(key: SemverKey, op: str, other: SemverKey) -> bool:
+    match op:
+        case ">=":
+            return key >= other
+        case ">":
+            return key > other
+        case "<=":
+            return key <= other
+        case "<":
+            return key < other
+        case _:
+            return key == other
