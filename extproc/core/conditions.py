@@ -94,15 +94,13 @@ def headers_read(condition: Condition) -> frozenset[str]:
             return frozenset[str]().union(*map(headers_read, inners))
 
 
-def needed_header(condition: Condition) -> bytes | None:
-    """A header without which the condition cannot be true, None if there is no such one."""
+def needed_leaf(condition: Condition) -> Leaf | None:
+    """A comparison without which the condition cannot be true, None if there is no single one."""
     match condition:
-        case Leaf(subject=Subject.HEADER, name=name):
-            return name.encode()
-        case Leaf(subject=Subject.COOKIE):
-            return b"cookie"
+        case Leaf():
+            return condition
         case All(inners):
-            return next((header for inner in inners if (header := needed_header(inner)) is not None), None)
+            return next((leaf for inner in inners if (leaf := needed_leaf(inner)) is not None), None)
         case _:
             return None
 
@@ -124,17 +122,21 @@ def compile_condition(condition: Condition) -> Test:
 
 
 def _compile_leaf(leaf: Leaf) -> Test:
-    accepts = value_test(leaf.op, leaf.values)
-    match leaf.subject:
+    return subject_test(leaf.subject, leaf.name, value_test(leaf.op, leaf.values))
+
+
+def subject_test(subject: Subject, name: str, accepts: ValueTest) -> Test:
+    """Whether a request's value of this subject is accepted."""
+    match subject:
         case Subject.COOKIE:
-            name = leaf.name.encode()
-            return lambda request: any(accepts(value) for value in cookie_values(request, name))
+            cookie = name.encode()
+            return lambda request: any(accepts(value) for value in cookie_values(request, cookie))
         case Subject.PATH:
             return _path_test(accepts)
         case Subject.METHOD:
             return _header_test(b":method", accepts)
         case Subject.HEADER:
-            return _header_test(leaf.name.encode(), accepts)
+            return _header_test(name.encode(), accepts)
 
 
 def _path_test(accepts: ValueTest) -> Test:
@@ -175,10 +177,9 @@ def value_test(op: Op, values: Sequence[str]) -> ValueTest:
             return lambda value: any(expression.search(value) is not None for expression in expressions)
         case Op.SEMVER:
             ranges = tuple(parse_semver_range(value) for value in values)
-            return lambda value: any(in_semver_range(value, comparators) for comparators in ranges)
+            return lambda value: in_semver_ranges(value, ranges)
         case Op.CIDR:
-            networks = tuple(ipaddress.ip_network(value) for value in values)
-            return lambda value: _in_networks(value, networks)
+            return _network_test(tuple(ipaddress.ip_network(value) for value in values))
         case Op.EXISTS:
             return lambda _value: True
 
@@ -195,17 +196,31 @@ def compile_regex(pattern: str) -> "re2._Regexp[bytes]":
         raise ValueError(reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)) from None
 
 
+def quote_regex(text: str) -> str:
+    """An expression that finds exactly this text."""
+    return str(re2.escape(text))
+
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-def _in_networks(value: bytes, networks: Sequence[Network]) -> bool:
+def _network_test(networks: Sequence[Network]) -> ValueTest:
     """Whether the last address of an x-forwarded-for list, the one that Envoy itself put there, is in a network."""
-    try:
-        address = ipaddress.ip_address(value.rpartition(b",")[2].strip().decode("ascii"))
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return any((mapped or address) in network for network in networks)
+    masked = {
+        version: [(int(each.network_address), int(each.netmask)) for each in networks if each.version == version]
+        for version in (4, 6)
+    }
+
+    def test(value: bytes) -> bool:
+        try:
+            address = ipaddress.ip_address(value.rpartition(b",")[2].strip().decode("ascii"))
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        number = int(address)
+        return any(number & mask == network for network, mask in masked[address.version])
+
+    return test
 
 
 _SEMVER = re.compile(
@@ -257,6 +272,9 @@ def _comparators(match: re.Match[str]) -> list[Comparator]:
         return [(">=", low), ("<", _next(low, first))]
     if op == "~":
         return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
+    if op in ("<", ">=") and patch is None:
+        # `<3` leaves out 3.0.0-rc.1 too: who writes it means the third version, not its last pre-release.
+        return [(op, low if op == ">=" else (*low[:3], ()))]
     if op == "=" and patch is None:
         return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
     return [(op, low)]
@@ -270,10 +288,10 @@ def _next(key: SemverKey, place: int) -> SemverKey:
     return parts[0], parts[1], parts[2], ()
 
 
-def in_semver_range(value: bytes, comparators: Sequence[Comparator]) -> bool:
-    """Whether a version satisfies all comparators; what is no version satisfies none."""
+def in_semver_ranges(value: bytes, ranges: Sequence[Sequence[Comparator]]) -> bool:
+    """Whether a version satisfies all comparators of one of the ranges; what is no version satisfies none."""
     key = semver_key(value)
-    return key is not None and all(_compares(key, op, other) for op, other in comparators)
+    return key is not None and any(all(_compares(key, op, other) for op, other in each) for each in ranges)
 
 
 def _compares(key: SemverKey, op: str, other: SemverKey) -> bool:

@@ -1,73 +1,103 @@
-"""A flag's rules, compiled so that those which cannot match cost next to nothing. The first match wins."""
+"""A flag's rules, compiled so that those which cannot match cost next to nothing. The first match wins.
 
-from collections.abc import Iterable, Mapping, Sequence
+Rules in a row that look at the same thing are a group with one test before it: could any of them match? A hundred rules
+on one header cost one test where none of them does.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Generic, TypeVar
 
-from extproc.core.conditions import Condition, Leaf, Op, Subject, Test, compile_condition, needed_header
+from extproc.core.conditions import (
+    Condition,
+    Leaf,
+    Op,
+    Subject,
+    Test,
+    ValueTest,
+    compile_condition,
+    compile_regex,
+    needed_leaf,
+    quote_regex,
+    subject_test,
+    value_test,
+)
 from extproc.core.request import Request
 
 Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled(Generic[Outcome]):
-    """One rule: its test, and what it leads to."""
-
-    test: Test
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
 class Group(Generic[Outcome]):
-    """Rules in a row that all need the same header, skipped together where it is absent. None: nothing is needed.
+    """Rules in a row, each a test and what it leads to, in order.
 
-    `by_value` is there if all of them only compare that header with given values: one look-up instead of a test each.
+    Where `header` is absent none of them matches, and neither where `could_match` is false. None: nothing is known.
     """
 
     header: bytes | None
-    rules: tuple[Compiled[Outcome], ...]
-    by_value: Mapping[bytes, tuple[Compiled[Outcome], ...]] | None = None
+    could_match: Test | None
+    rules: tuple[tuple[Test, Outcome], ...]
 
 
 def compile_rules(rules: Iterable[tuple[Condition, Outcome]]) -> tuple[Group[Outcome], ...]:
     """Conditions with what they lead to, in the order of the file."""
     groups = []
-    for header, members in groupby(rules, key=lambda rule: needed_header(rule[0])):
+    for subject, members in groupby(rules, key=lambda rule: _subject(rule[0])):
         run = tuple(members)
-        compiled = tuple(Compiled(compile_condition(condition), outcome) for condition, outcome in run)
-        groups.append(Group(header, compiled, _by_value([condition for condition, _ in run], compiled)))
+        compiled = tuple((compile_condition(condition), outcome) for condition, outcome in run)
+        leaves = [leaf for condition, _ in run if (leaf := needed_leaf(condition)) is not None]
+        worth_it = subject is not None and len(run) > 1
+        groups.append(Group(_header(subject), _could_match(leaves) if worth_it else None, compiled))
     return tuple(groups)
 
 
-def _by_value(
-    conditions: Sequence[Condition], compiled: Sequence[Compiled[Outcome]]
-) -> Mapping[bytes, tuple[Compiled[Outcome], ...]] | None:
-    table: dict[bytes, list[Compiled[Outcome]]] = {}
-    for condition, rule in zip(conditions, compiled, strict=True):
-        match condition:
-            case Leaf(subject=Subject.HEADER, op=Op.IN, values=values):
-                for value in dict.fromkeys(values):
-                    table.setdefault(value.encode(), []).append(rule)
-            case _:
-                return None
-    return {value: tuple(rules) for value, rules in table.items()}
+def _subject(condition: Condition) -> tuple[Subject, str] | None:
+    leaf = needed_leaf(condition)
+    return None if leaf is None else (leaf.subject, leaf.name)
+
+
+def _header(subject: tuple[Subject, str] | None) -> bytes | None:
+    match subject:
+        case (Subject.HEADER, name):
+            return name.encode()
+        case (Subject.COOKIE, _):
+            return b"cookie"
+        case _:
+            return None
+
+
+def _could_match(leaves: Sequence[Leaf]) -> Test:
+    """One test that is true wherever one of these leaves of one subject is."""
+    values: dict[Op, list[str]] = {}
+    for leaf in leaves:
+        values.setdefault(leaf.op, []).extend(leaf.values)
+    tests = tuple(_joined_test(op, joined) for op, joined in values.items())
+    accepts = tests[0] if len(tests) == 1 else lambda value: any(test(value) for test in tests)
+    return subject_test(leaves[0].subject, leaves[0].name, accepts)
+
+
+def _joined_test(op: Op, values: Sequence[str]) -> ValueTest:
+    """What `value_test` would say, by one expression where that is faster than one search per value."""
+    if op not in (Op.CONTAINS, Op.REGEX):
+        return value_test(op, values)
+    parts = [quote_regex(value) for value in values] if op is Op.CONTAINS else [f"(?:{value})" for value in values]
+    try:
+        expression = compile_regex("|".join(parts))
+    except ValueError:  # together they may be larger than one expression may be
+        return value_test(op, values)
+    return lambda value: expression.search(value) is not None
 
 
 def first_match(groups: Iterable[Group[Outcome]], request: Request) -> Outcome | None:
     """What the first matching rule leads to; None if none matches."""
     headers = request.headers
     for group in groups:
-        header = group.header
-        rules = group.rules
-        if header is not None:
-            value = headers.get(header)
-            if value is None:
-                continue
-            if group.by_value is not None and header not in request.repeated:
-                rules = group.by_value.get(value, ())
-        for rule in rules:
-            if rule.test(request):
-                return rule.outcome
+        if group.header is not None and group.header not in headers:
+            continue
+        if group.could_match is not None and not group.could_match(request):
+            continue
+        for test, outcome in group.rules:
+            if test(request):
+                return outcome
     return None

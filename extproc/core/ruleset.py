@@ -105,9 +105,9 @@ class Plan:
     def split_of(self, rule: str) -> Split:
         """The split that decided: the rule's with that name if it has one, else the flag's own."""
         for group in self.rules:
-            for compiled in group.rules:
-                if isinstance(compiled.outcome, Split) and compiled.outcome.canary.rule == rule:
-                    return compiled.outcome
+            for _, outcome in group.rules:
+                if isinstance(outcome, Split) and outcome.canary.rule == rule:
+                    return outcome
         return self.split
 
 
