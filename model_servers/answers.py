@@ -4,20 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
 from model_servers import jsontext
 from model_servers.manifest import Manifest
-from model_servers.protocol import Inference, Wanted
+from model_servers.protocol import Inference
 from model_servers.rawtensors import to_raw
-from model_servers.tensors import Tensor
+from model_servers.tensors import Tensor, Wanted
 
 PREDICTIONS_SHOWN = 32  # of one response, in x-model-prediction
 LABEL_BYTES_SHOWN = 128  # of one label in it, before percent-encoding; keeps the header under 16 KiB
-
-
-class BadOutput(Exception):  # noqa: N818  reads as what it is
-    """The model returned something that cannot be sent; the message is for the log."""
 
 
 def write_answer(inference: Inference, outputs: Mapping[str, Tensor], manifest: Manifest) -> tuple[bytes, int | None]:
@@ -35,8 +29,6 @@ def write_answer(inference: Inference, outputs: Mapping[str, Tensor], manifest: 
 
 def _write_output(wanted: Wanted, array: Tensor, raw: list[bytes]) -> dict[str, Any]:
     spec = wanted.spec
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise BadOutput(f"output {spec.name!r} holds a value that is not finite")
     entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype, "shape": array.shape}
     if wanted.binary:
         data = to_raw(array, spec)
@@ -45,7 +37,7 @@ def _write_output(wanted: Wanted, array: Tensor, raw: list[bytes]) -> dict[str, 
     elif spec.datatype == "BYTES":
         entry["data"] = [_text(item) for item in array.ravel()]
     else:
-        entry["data"] = np.ascontiguousarray(array.ravel())
+        entry["data"] = array.ravel()
     return entry
 
 
@@ -61,17 +53,15 @@ def prediction_list(predictions: list[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value)
-        case float():
-            return f"{value:.6g}"
-        case bytes():
-            return quote(value[:LABEL_BYTES_SHOWN], safe="")
-        case _:
-            return quote(str(value).encode("utf-8", "replace")[:LABEL_BYTES_SHOWN], safe="")
+    kind = type(value)
+    if kind is int:
+        return str(value)
+    if kind is float:
+        return f"{value:.6g}"
+    if kind is bool:
+        return "true" if value else "false"
+    label = value if kind is bytes else str(value).encode("utf-8", "replace")
+    return quote(label[:LABEL_BYTES_SHOWN], safe="")
 
 
 def _text(item: bytes | str) -> str:

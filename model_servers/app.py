@@ -6,21 +6,23 @@ would take longer than a small model.
 
 import asyncio
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from aiohttp import web
+from multidict import istr
 
 from model_servers import jsontext
-from model_servers.answers import BadOutput, prediction_list, predictions_of, write_answer
+from model_servers.answers import prediction_list, predictions_of, write_answer
 from model_servers.batching import Batcher
 from model_servers.errors import ArtifactError, Refused
 from model_servers.faults import FaultBox, Injected, read_faults
 from model_servers.manifest import read_manifest
+from model_servers.model import BadModel
 from model_servers.protocol import read_inference
-from model_servers.serving import Served, infer
+from model_servers.serving import Served, queued
 from model_servers.telemetry import Telemetry, rss_bytes
 from model_servers.versions import version_directories
 from model_servers.written import Written, json_response
@@ -33,6 +35,10 @@ SERVER = {
 FAULTS_PATH = "/perch/faults"
 _JSON, _RAW = "application/json", "application/octet-stream"
 _READ = ("GET", "HEAD")
+# Looked up in every request; as `istr` their case is folded once and not each time.
+_CONTENT_TYPE = istr("Content-Type")
+_JSON_LENGTH = istr("Inference-Header-Content-Length")
+_ENVOY_TIMEOUT = istr("x-envoy-expected-rq-timeout-ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,11 @@ class Rules:
     root: Path
     largest_body: int = 8 << 20  # bytes; JSON is parsed on the loop, and this bounds how long that takes
     deadline_s: float = 15.0
+    infer_path: str = field(init=False)  # nearly every request's; known before the path is taken apart
+
+    def __post_init__(self) -> None:
+        """Fills in the path."""
+        object.__setattr__(self, "infer_path", f"/v2/models/{self.name}/infer")
 
 
 @dataclass(slots=True)
@@ -65,14 +76,20 @@ class State:
 
 async def answer(state: State, request: web.BaseRequest) -> Written:
     """One request to one response: a client's mistake is a 4xx with a sentence, ours a 500 and a line in the log."""
+    served = state.served
     try:
-        response = await _route(state, request)
+        if request.raw_path == state.rules.infer_path and served is not None and request.method == "POST":
+            response = await _infer(state, served, request)
+        else:
+            response = await _route(state, request)
     except Refused as refusal:
         response = _error(refusal.status, str(refusal))
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  whatever went wrong, the client gets one sentence and no traceback
         response = _failure(state, request, error)
+    if request.raw_path.endswith("/infer"):
+        state.telemetry.answered("none" if served is None else served.model.manifest.version, response.status)
     if state.draining:
         response.force_close()
     return response
@@ -125,31 +142,19 @@ async def _route_model(state: State, request: web.BaseRequest, parts: list[str])
 
 
 async def _infer(state: State, served: Served, request: web.BaseRequest) -> Written:
-    version = served.model.manifest.version
-    status = HTTPStatus.INTERNAL_SERVER_ERROR
-    try:
-        response = await _inference(state, served, request)
-        status = HTTPStatus.OK
-    except Refused as refusal:
-        status = refusal.status
-        raise
-    finally:
-        state.telemetry.answered(version, status.value)
-    return response
-
-
-async def _inference(state: State, served: Served, request: web.BaseRequest) -> Written:
     manifest = served.model.manifest
-    deadline_s = asyncio.get_running_loop().time() + state.rules.deadline_s
+    arrived_s = asyncio.get_running_loop().time()
     json_bytes = _require_readable(request)
-    body = await _read_body(request, served.batcher, state.rules.largest_body)
+    content = request.content
+    if content.is_eof() and content.total_bytes <= state.rules.largest_body:
+        body = content.read_nowait()
+    else:
+        body = await _read_body(request, served.batcher, state.rules.largest_body)
     inference = read_inference(body, json_bytes, manifest)
-    timeout_s = _shortest_s(inference.timeout_s, _envoy_timeout_s(request))
-    if timeout_s is not None:
-        deadline_s = min(deadline_s, deadline_s - state.rules.deadline_s + timeout_s)
     if state.faults is not None:
         await state.faults.before()
-    outputs = await infer(served.model, served.batcher, inference, deadline_s)
+    deadline_s = arrived_s + _timeout_s(request, inference.timeout_s, state.rules.deadline_s)
+    outputs = await served.batcher.infer(queued(served.model, inference, deadline_s))
     if state.faults is not None:
         outputs = state.faults.after(outputs, manifest)
     text, json_part = write_answer(inference, outputs, manifest)
@@ -157,7 +162,7 @@ async def _inference(state: State, served: Served, request: web.BaseRequest) -> 
     state.telemetry.predicted(manifest.version, predictions)
     kind = f"{_JSON}\r\n" if json_part is None else f"{_RAW}\r\ninference-header-content-length: {json_part}\r\n"
     return Written(
-        HTTPStatus.OK,
+        200,
         text,
         f"content-type: {kind}x-model-version: {manifest.version}\r\n"
         f"x-model-prediction: {prediction_list(predictions)}\r\nx-model-prediction-count: {len(predictions)}\r\n",
@@ -167,13 +172,13 @@ async def _inference(state: State, served: Served, request: web.BaseRequest) -> 
 def _require_readable(request: web.BaseRequest) -> int | None:
     """How many bytes of the body are JSON (None: all). Raises Refused for a body of another kind."""
     headers = request.headers
-    content_type = headers.get("Content-Type", _JSON)
+    content_type = headers.get(_CONTENT_TYPE, _JSON)
     if content_type not in {_JSON, _RAW} and content_type.partition(";")[0].strip().lower() not in {_JSON, _RAW}:
         raise Refused(
             f"content type {content_type!r}; send {_JSON}, or {_RAW} with binary tensors",
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         )
-    given = headers.get("Inference-Header-Content-Length")
+    given = headers.get(_JSON_LENGTH)
     if given is None:
         return None
     if not given.isascii() or not given.isdigit() or len(given) > 12:
@@ -184,9 +189,6 @@ def _require_readable(request: web.BaseRequest) -> int | None:
 async def _read_body(request: web.BaseRequest, batcher: Batcher, largest: int) -> bytes:
     """The body; waits for the rest of it if it must. Raises Refused (413) as soon as it is known to be too large."""
     content = request.content
-    if content.is_eof():
-        body = content.read_nowait()
-        return body if len(body) <= largest else _refuse_large(largest)
     if (request.content_length or 0) > largest:
         _refuse_large(largest)
     if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
@@ -203,18 +205,17 @@ async def _read_body(request: web.BaseRequest, batcher: Batcher, largest: int) -
     return b"".join(parts)
 
 
-def _refuse_large(largest: int) -> bytes:
+def _refuse_large(largest: int) -> NoReturn:
     raise Refused(f"the body is larger than {largest} bytes", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
-def _envoy_timeout_s(request: web.BaseRequest) -> float | None:
-    """What Envoy says is left of the route's timeout, in seconds."""
-    given = request.headers.get("x-envoy-expected-rq-timeout-ms", "")
-    return int(given) / 1000 if given.isascii() and given.isdigit() and 0 < len(given) < 10 else None
-
-
-def _shortest_s(*given: float | None) -> float | None:
-    return min((one for one in given if one is not None), default=None)
+def _timeout_s(request: web.BaseRequest, asked_s: float | None, longest_s: float) -> float:
+    """How long this request may take: what its client asks for and what Envoy says is left, at most `longest_s`."""
+    timeout_s = longest_s if asked_s is None else min(asked_s, longest_s)
+    given = request.headers.get(_ENVOY_TIMEOUT)
+    if given is not None and given.isascii() and given.isdigit() and len(given) < 10:
+        timeout_s = min(timeout_s, int(given) / 1000)
+    return timeout_s
 
 
 def _readiness(state: State, document: dict[str, Any]) -> Written:
@@ -290,7 +291,7 @@ def _require_version(served: Served | None, version: str) -> None:
 def _failure(state: State, request: web.BaseRequest, error: Exception) -> Written:
     if isinstance(error, Injected):
         return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "a fault was injected")
-    event = "bad_output" if isinstance(error, BadOutput) else "inference_failed"
+    event = "bad_output" if isinstance(error, BadModel) else "inference_failed"
     frame = traceback.extract_tb(error.__traceback__)[-1:]
     state.telemetry.failed(
         event,

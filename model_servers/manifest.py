@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from model_servers.errors import ArtifactError
-from model_servers.tensors import DATATYPES, Tensor, TensorSpec
+from model_servers.tensors import DATATYPES, Tensor, TensorSpec, Wanted
 
 MANIFEST = "manifest.json"
 ARRAYS = "model.npz"
@@ -40,6 +40,7 @@ class Manifest:
     options: Mapping[str, Any] = field(default_factory=dict)  # the backend's own
     inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
     outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
+    every_output: Mapping[bool, tuple[Wanted, ...]] = field(init=False, repr=False)  # by "as raw bytes"
     batched: bool = field(init=False)  # the first axis of every tensor is rows: requests may share one call
     fixed: bool = field(init=False)  # behind the rows every size of the inputs is given
 
@@ -48,6 +49,8 @@ class Manifest:
         specs = (*self.inputs, *self.outputs)
         object.__setattr__(self, "inputs_by_name", {spec.name: spec for spec in self.inputs})
         object.__setattr__(self, "outputs_by_name", {spec.name: spec for spec in self.outputs})
+        every = {binary: tuple(Wanted(spec, binary) for spec in self.outputs) for binary in (False, True)}
+        object.__setattr__(self, "every_output", every)
         object.__setattr__(self, "batched", all(spec.shape[0] == -1 for spec in specs))
         object.__setattr__(self, "fixed", all(-1 not in spec.shape[1:] for spec in self.inputs))
 

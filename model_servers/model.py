@@ -17,7 +17,7 @@ import numpy as np
 from model_servers import dense, onnxmodel, pythonmodel
 from model_servers.errors import ArtifactError
 from model_servers.manifest import Manifest, read_manifest
-from model_servers.tensors import DATATYPES, Tensor, TensorSpec
+from model_servers.tensors import DATATYPES, Tensor, TensorSpec, all_finite, fits
 
 Tensors = Mapping[str, Tensor]
 Predict = Callable[[Tensors, Mapping[str, Any]], dict[str, Tensor]]
@@ -81,9 +81,7 @@ def _example(spec: TensorSpec, given: list[Any] | None, rows: int) -> Tensor:
         array.ravel()[:] = [str(item).encode() for item in array.ravel()]
     else:
         array = np.asarray(given, dtype=DATATYPES[spec.datatype])
-    if len(array.shape) != len(spec.shape) or not all(
-        want in (-1, have) for want, have in zip(spec.shape, array.shape, strict=True)
-    ):
+    if not fits(array.shape, spec.shape):
         raise ValueError(f"{spec.name!r} has shape {list(array.shape)}, declared is {list(spec.shape)}")
     return np.resize(array, (rows, *array.shape[1:])) if spec.shape[0] == -1 else array.copy()
 
@@ -92,7 +90,9 @@ def _conform(found: object, spec: TensorSpec, rows: int | None) -> Tensor:
     if not isinstance(found, np.ndarray):
         raise BadModel(f"output {spec.name!r} is {type(found).__name__}, not an array")
     shape = found.shape
-    fits = len(shape) == len(spec.shape) and (rows is None or shape[0] == rows)
-    if not fits or any(want not in (-1, have) for want, have in zip(spec.shape, shape, strict=True)):
+    if not fits(shape, spec.shape) or (rows is not None and shape[0] != rows):
         raise BadModel(f"output {spec.name!r} has shape {list(shape)} for {rows} rows, declared is {list(spec.shape)}")
-    return found.astype(DATATYPES[spec.datatype], copy=False)
+    cast = found.astype(DATATYPES[spec.datatype], copy=False)
+    if cast.dtype.kind == "f" and not all_finite(cast):
+        raise BadModel(f"output {spec.name!r} holds a value that is not finite")
+    return cast

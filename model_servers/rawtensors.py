@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from model_servers.errors import Refused
-from model_servers.tensors import DATATYPES, Tensor, TensorSpec
+from model_servers.tensors import DATATYPES, Tensor, TensorSpec, all_finite
 
 _LENGTH = struct.Struct("<I")
 
@@ -26,7 +26,7 @@ def from_raw(data: memoryview, shape: tuple[int, ...], spec: TensorSpec) -> Tens
     if wanted.kind == "b":
         return _booleans(np.frombuffer(data, dtype=np.uint8), spec).reshape(shape)
     array = np.frombuffer(data, dtype=wanted.newbyteorder("<")).reshape(shape)
-    if wanted.kind == "f" and not np.isfinite(array).all():
+    if wanted.kind == "f" and not all_finite(array):
         raise Refused(f"input {spec.name!r}: data holds a value that is not finite")
     return array.astype(wanted)  # a copy: models may write into their input, and request bytes are read-only
 

@@ -1,6 +1,7 @@
 """The life of one server process: load, bind, warm, serve, reload, drain, end. Readable in that order."""
 
 import asyncio
+import gc
 import signal
 import sys
 import time
@@ -64,6 +65,7 @@ async def serve(settings: Settings) -> None:
         with _stop_signals() as (stop, hurry):
             async with _accepting(listener, state, hurry):
                 state.served = await _warm(settings, state, model)
+                _settle_memory()
                 _say(_ready_line(settings, listener, state.served, time.perf_counter() - started_s))
                 async with _running(_reload_forever(settings, state, seen), _flush_forever(telemetry)):
                     await stop.wait()
@@ -94,6 +96,16 @@ async def _warm(settings: Settings, state: State, model: Model) -> Served:
     served = await warm_up(model, settings.limits, seen)
     state.telemetry.reloaded(model.manifest.version, "ok", served.warmth.seconds)
     return served
+
+
+def _settle_memory() -> None:
+    """Takes what is loaded by now out of the garbage collector's sight, and lets it run less often.
+
+    A request makes objects but no cycles; walking all modules again and again took an eighth of its time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 def _note_batch(telemetry: Telemetry, version: str, seen: Any) -> None:

@@ -63,19 +63,9 @@ class Served:
             self.executor.shutdown(wait=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response body, of which the first `json_bytes` are JSON when raw tensors follow, and the outputs in it."""
-
-    body: bytes
-    json_bytes: int | None
-    outputs: dict[str, Tensor]
-
-
-async def infer(model: Model, batcher: Batcher, inference: Inference, deadline_s: float) -> dict[str, Tensor]:
-    """The outputs for a read request, through the batcher. `deadline_s` is of the loop's clock."""
-    key = _key(model, inference)
-    return await batcher.infer(Waiting(inference.inputs, inference.parameters, inference.rows, key, deadline_s))
+def queued(model: Model, inference: Inference, deadline_s: float) -> Waiting:
+    """A read request as the batcher takes it. `deadline_s` is of the loop's clock."""
+    return Waiting(inference.inputs, inference.parameters, inference.rows, _key(model, inference), deadline_s)
 
 
 def _key(model: Model, inference: Inference) -> Any:
@@ -123,7 +113,7 @@ async def _time_ms(model: Model, batcher: Batcher, body: bytes) -> float:
     start_s = perf_counter()
     inference = read_inference(body, None, model.manifest)
     deadline_s = asyncio.get_running_loop().time() + 60
-    write_answer(inference, await infer(model, batcher, inference, deadline_s), model.manifest)
+    write_answer(inference, await batcher.infer(queued(model, inference, deadline_s)), model.manifest)
     return (perf_counter() - start_s) * 1000
 
 

@@ -14,7 +14,7 @@ from aiohttp import web
 from model_servers import jsontext
 
 _JOIN_BYTES = 64 << 10  # up to here one copy is cheaper than a second buffer
-_STATUS_LINES = {status: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 
 class Written:
@@ -22,7 +22,7 @@ class Written:
 
     __slots__ = ("_body", "_headers", "_request", "keep_alive", "status")
 
-    def __init__(self, status: HTTPStatus, body: bytes, headers: str) -> None:
+    def __init__(self, status: int, body: bytes, headers: str) -> None:
         self.status = status
         self.keep_alive: bool | None = None
         self._body = body
@@ -67,7 +67,7 @@ class Written:
 
 def json_response(document: object, status: HTTPStatus = HTTPStatus.OK, headers: str = "") -> Written:
     """A JSON document as a response."""
-    return Written(status, jsontext.write(document), f"content-type: application/json\r\n{headers}")
+    return Written(status.value, jsontext.write(document), f"content-type: application/json\r\n{headers}")
 
 
 _dated: tuple[int, str] = (0, "")
