@@ -29,7 +29,10 @@ class Stopped(Exception):  # noqa: N818  ends a task group, and is no error
 
 
 async def until_stopped(*works: Callable[[], Awaitable[None]]) -> None:
-    """Runs the works side by side until SIGTERM or SIGINT comes or one of them fails; then cancels the others."""
+    """Runs the works side by side until SIGTERM or SIGINT comes or one of them fails; then cancels the others.
+
+    Raises what the first work that failed raised.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -44,8 +47,10 @@ async def until_stopped(*works: Callable[[], Awaitable[None]]) -> None:
             group.create_task(wait_for_signal())
             for work in works:
                 group.create_task(_awaited(work))
-    except* Stopped:
-        pass
+    except BaseExceptionGroup as failed:
+        _, others = failed.split(Stopped)
+        if others is not None:
+            raise others.exceptions[0] from None
 
 
 async def _awaited(work: Callable[[], Awaitable[None]]) -> None:

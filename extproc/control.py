@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from extproc.address import TcpAddress, parse_address
 from extproc.api import Sources, make_api
 from extproc.app import StartError, compile_with, envoy_settings, make_metrics, prefixes, until_stopped
 from extproc.controller import Controller, View
+from extproc.core.decided import Decided, parse_report
 from extproc.core.document import Problem
 from extproc.core.exposure import ExposureError, plain_exposures, with_caps
 from extproc.core.flags import Exposures, Flag
@@ -83,6 +85,7 @@ class Control:
     admin: EnvoyAdmin
     controller: Controller = field(init=False)
     flag_file: FlagFile = field(init=False)
+    decided: Decided = field(default_factory=Decided)
     _envoy_problem: str = field(default="", init=False)
     _envoy_seen: bool = field(default=False, init=False)
 
@@ -166,9 +169,37 @@ class Control:
                 "version": published.version if published else None,
                 "problems": [f"{self.settings.flags}:{problem}" for problem in problems],
             },
-            "flags": self.controller.status(),
+            "flags": {key: {**row, **self._decided(key)} for key, row in self.controller.status().items()},
             "envoy": await self._envoy_status(),
         }
+
+    def _decided(self, key: str) -> dict[str, Any]:
+        """What serve decided for a flag, and the unit that makes up an unusual share of it, if there is one."""
+        heavy = self.decided.heaviest(key)
+        decided: dict[str, Any] = {"decided": self.decided.by_reason(key)}
+        if heavy is not None:
+            share, unit = heavy
+            decided["heavy_unit"] = {"share": round(share, 4), **({"unit": unit} if unit is not None else {})}
+        return decided
+
+    async def hear(self) -> None:
+        """Takes what serve counts, as it comes; what is no report is dropped."""
+        path = self.settings.counters
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reports:
+            reports.bind(str(path))
+            path.chmod(0o600)
+            reports.setblocking(False)
+            try:
+                while True:
+                    with contextlib.suppress(ValueError):
+                        self.decided.take(parse_report(json.loads(await loop.sock_recv(reports, 1 << 20))))
+            finally:
+                path.unlink(missing_ok=True)
 
     async def _envoy_status(self) -> dict[str, Any] | None:
         """Envoy's own counters of perch: what failed open and why. None while Envoy does not answer."""
@@ -195,7 +226,7 @@ async def control(settings: Settings) -> None:
         role = Control(settings, models, metrics, Events("control", settings.events), compiler, admin)
         role.render_envoy([])
         async with listening(role):
-            await until_stopped(role.flag_file.follow, role.look, metrics.run)
+            await until_stopped(role.flag_file.follow, role.look, role.hear, metrics.run)
     finally:
         await admin.close()
         await compiler.stop()

@@ -3,8 +3,9 @@
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 
-from extproc.answering import Answering, gauge_flags
+from extproc.answering import Answering, Reports, gauge_flags
 from extproc.app import (
     NO_FLAGS,
     StartError,
@@ -20,125 +21,149 @@ from extproc.events import Events, start_log
 from extproc.flagcompiler import Compiler
 from extproc.flagfile import FlagFile, Parts, Paths, Verdict
 from extproc.metrics import Metrics
-from extproc.modelsfile import Model, load_models
+from extproc.modelsfile import load_models
 from extproc.receiver import Received, Receiver
 from extproc.settings import Settings
 from extproc.wire.answer import Answerer
 from extproc.workers import Parent, Workers
 
-COUNT_EVERY_S = 1.0
+GAUGE_EVERY_S = 10.0
+"""Gauges are told again this often: some collectors forget those that are silent."""
+
+Work = Callable[[], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Role:
+    """What every process of serve has: the settings, the models' prefixes, and where it tells what happens."""
+
+    settings: Settings
+    models: dict[str, str]
+    metrics: Metrics
+    events: Events
+    compiler: Compiler
+    received: Received | None = field(default=None, init=False)
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Role":
+        """Built from the settings. Raises ModelsFileError."""
+        start_log("serve", settings.log_level)
+        models = prefixes(load_models(settings.models))
+        return cls(settings, models, make_metrics(settings), Events("serve", settings.events), Compiler())
+
+    async def close(self) -> None:
+        """Ends what was started."""
+        await self.compiler.stop()
+        self.metrics.close()
+
+    def flag_file(self, publish: Callable[[Parts], Awaitable[Verdict]]) -> FlagFile:
+        """The flag file and the state folder, followed by this process alone."""
+        return FlagFile(
+            paths=Paths(self.settings.flags, self.settings.state),
+            compile=compile_with(self.compiler, self.models, replies=True),
+            publish=publish,
+            tell=self.events.tell,
+            count=self.count_reload,
+        )
+
+    def count_reload(self, accepted: bool) -> None:  # noqa: FBT001  the one thing it says
+        """Counts what became of a flag file."""
+        self.metrics.count("decision.reload", result="accepted" if accepted else "rejected")
+
+    def no_flags(self) -> Parts:
+        """The ruleset of no flags: everybody stable."""
+        return compile_with(self.compiler, self.models, replies=True)(NO_FLAGS, Exposures())
+
+    async def gauge(self) -> None:
+        """Tells StatsD the percentages, again and again."""
+        while True:
+            if self.received is not None:
+                gauge_flags(self.metrics, self.received.published.ruleset.version, self.received.flags)
+            await asyncio.sleep(GAUGE_EVERY_S)
+
+    def now_served(self, received: Received) -> None:
+        """Remembers what is served, for the gauges."""
+        self.received = received
+        gauge_flags(self.metrics, received.published.ruleset.version, received.flags)
 
 
 async def serve(settings: Settings) -> None:
     """Answers until SIGTERM, then drains. Raises StartError, or ModelsFileError for a models file that is wrong."""
-    start_log("serve", settings.log_level)
-    models = load_models(settings.models)
-    compiler = Compiler()
-    metrics = make_metrics(settings)
+    role = Role.of(settings)
     try:
-        await (_serve_alone if settings.workers == 1 else _serve_with_workers)(settings, models, compiler, metrics)
+        await (_serve_alone if settings.workers == 1 else _serve_with_workers)(role)
     finally:
-        await compiler.stop()
-        metrics.close()
+        await role.close()
 
 
-async def _serve_alone(settings: Settings, models: tuple[Model, ...], compiler: Compiler, metrics: Metrics) -> None:
-    compile_file = compile_with(compiler, prefixes(models), replies=True)
-    answering = await first_answering(settings, models, compile_file(NO_FLAGS, Exposures()), metrics)
+async def _serve_alone(role: Role) -> None:
+    answering, reports = await first_answering(role, role.settings.listen, role.no_flags())
 
-    def publish(received: Received) -> None:
+    def hand_on(received: Received) -> None:
         answering.publish(received)
-        gauge_flags(metrics, received.published.ruleset.version, received.flags)
+        role.now_served(received)
 
-    receiver = Receiver(prefixes(models), settings.force_token, publish)
-    events = Events("serve", settings.events)
-    flag_file = FlagFile(
-        paths=Paths(settings.flags, settings.state),
-        compile=compile_file,
-        publish=receiver.take,
-        tell=events.tell,
-        count=count_reloads(metrics),
-    )
-    await answer_until_stopped(settings, settings.listen, answering, flag_file.follow)
+    flag_file = role.flag_file(Receiver(role.models, role.settings.force_token, hand_on).take)
+    try:
+        await answer_until_stopped(role, role.settings.listen, answering, (flag_file.follow, role.gauge))
+    finally:
+        reports.close()
 
 
-async def first_answering(settings: Settings, models: tuple[Model, ...], parts: Parts, metrics: Metrics) -> Answering:
-    """An Answering with a ruleset of no flags: everybody stable, not serving. Raises StartError."""
+async def first_answering(role: Role, listen: str, no_flags: Parts) -> tuple[Answering, Reports]:
+    """An Answering with a ruleset of no flags, not serving, and what its reports go through. Raises StartError."""
     first: list[Received] = []
-    verdict = await Receiver(prefixes(models), settings.force_token, first.append).take(parts)
+    verdict = await Receiver(role.models, role.settings.force_token, first.append).take(no_flags)
     if not first:
         raise StartError(f"the flag compiler does not work: {'; '.join(map(str, verdict.problems)) or 'it ended'}")
-    return Answering(metrics, Answerer(first[0].published))
+    reports = Reports(role.settings.counters)
+    answering = Answering(
+        metrics=role.metrics,
+        answerer=Answerer(first[0].published),
+        worker=listen,
+        report=reports.send,
+        warn=role.events.warn,
+        show_units=role.settings.show_heavy_units,
+    )
+    return answering, reports
 
 
-def count_reloads(metrics: Metrics) -> Callable[[bool], None]:
-    """Counts what became of the flag file, by result."""
-
-    def count(accepted: bool) -> None:  # noqa: FBT001  the one thing it says
-        metrics.count("decision.reload", result="accepted" if accepted else "rejected")
-
-    return count
-
-
-async def answer_until_stopped(
-    settings: Settings, listen: str, answering: Answering, work: Callable[[], Awaitable[None]]
-) -> None:
-    """Listens, runs the work beside, and on SIGTERM drains: no new streams, those under way are answered."""
-    transport = make_transport(settings)(answering.answerer, lambda: answering.serving)
+async def answer_until_stopped(role: Role, listen: str, answering: Answering, works: tuple[Work, ...]) -> None:
+    """Listens, runs the works beside, and on SIGTERM drains: no new streams, those under way are answered."""
+    transport = make_transport(role.settings)(answering.answerer, lambda: answering.serving)
     try:
         address = await transport.start(listen)
     except OSError as error:
         raise StartError(str(error)) from None
-    Events("serve", settings.events).tell("listening", f"ext_proc at {address}")
-
-    async def count() -> None:
-        while True:
-            await asyncio.sleep(COUNT_EVERY_S)
-            answering.count_decisions()
-
+    role.events.tell("listening", f"ext_proc at {address}")
     try:
-        await until_stopped(count, answering.metrics.run, work)
+        await until_stopped(answering.count, role.metrics.run, *works)
     finally:
-        await transport.stop(settings.drain_s)
+        await transport.stop(role.settings.drain_s)
         answering.count_decisions()
-        answering.metrics.flush()
+        role.metrics.flush()
 
 
-async def _serve_with_workers(
-    settings: Settings, models: tuple[Model, ...], compiler: Compiler, metrics: Metrics
-) -> None:
+async def _serve_with_workers(role: Role) -> None:
     """The parent of N workers: follows the flag file and hands every ruleset to all of them; answers nothing itself."""
-    events = Events("serve", settings.events)
     workers = Workers(
-        addresses=worker_addresses(settings.listen, settings.workers),
+        addresses=worker_addresses(role.settings.listen, role.settings.workers),
         command=lambda address: ("serve-worker", address),
-        greeting=pickle.dumps(settings),
-        tell=events.warn,
-        grace_s=settings.drain_s,
+        greeting=pickle.dumps(role.settings),
+        tell=role.events.warn,
+        grace_s=role.settings.drain_s,
     )
+    workers.begin_with([part async for part in role.no_flags()])
 
     async def publish(parts: Parts) -> Verdict:
         kept: list[bytes] = []
-        receiver = Receiver(
-            prefixes(models), None, lambda got: gauge_flags(metrics, got.published.ruleset.version, got.flags)
-        )
-        verdict = await receiver.take(_kept(parts, kept))
+        verdict = await Receiver(role.models, None, role.now_served).take(_kept(parts, kept))
         if not verdict.problems:
             workers.publish(kept)
         return verdict
 
-    compile_file = compile_with(compiler, prefixes(models), replies=True)
-    no_flags = [part async for part in compile_file(NO_FLAGS, Exposures())]
-    workers.begin_with(no_flags)
-    flag_file = FlagFile(
-        paths=Paths(settings.flags, settings.state),
-        compile=compile_file,
-        publish=publish,
-        tell=events.tell,
-        count=count_reloads(metrics),
-    )
     try:
-        await until_stopped(workers.run, flag_file.follow, metrics.run)
+        await until_stopped(workers.run, role.flag_file(publish).follow, role.metrics.run, role.gauge)
     finally:
         await workers.stop()
 
@@ -154,12 +179,9 @@ async def serve_worker(listen: str) -> None:
     """One worker: settings first, then rulesets from standard input, until it is closed or SIGTERM comes."""
     parent = Parent()
     await parent.connect()
-    settings: Settings = pickle.loads(await parent.message())  # noqa: S301  from our own parent
-    start_log("serve", settings.log_level)
-    models = load_models(settings.models)
-    metrics = make_metrics(settings)
-    answering = await first_answering(settings, models, parent.parts(), metrics)
-    receiver = Receiver(prefixes(models), settings.force_token, answering.publish)
+    role = Role.of(pickle.loads(await parent.message()))  # noqa: S301  from our own parent
+    answering, reports = await first_answering(role, listen, parent.parts())
+    receiver = Receiver(role.models, role.settings.force_token, answering.publish)
 
     async def take_rulesets() -> None:
         try:
@@ -169,6 +191,7 @@ async def serve_worker(listen: str) -> None:
             raise StartError("the parent of this worker is gone") from None
 
     try:
-        await answer_until_stopped(settings, listen, answering, take_rulesets)
+        await answer_until_stopped(role, listen, answering, (take_rulesets,))
     finally:
-        metrics.close()
+        reports.close()
+        await role.close()

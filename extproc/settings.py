@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     envoy_listen: str = Field("127.0.0.1:10000", description="where Envoy listens for clients")
     envoy_admin: str = Field("127.0.0.1:9901", description="Envoy's admin interface: HOST:PORT or unix:PATH")
     access_log: str = Field("unix:/run/perch/als.sock", description="where Envoy sends its access log")
+    counters: Path | None = Field(None, description="control's socket for what serve counts; none if unset")
+    show_heavy_units: bool = Field(False, description="name a unit that makes up an unusual share of the traffic")
     xds: Path | None = Field(None, description="folder of Envoy's files that `control` keeps current; none if unset")
     run: Path = Field(Path("/run/perch"), description="folder that relative socket paths of models.yaml belong to")
     statsd: str | None = Field(None, description="StatsD address HOST:PORT or unix:PATH; none if unset")

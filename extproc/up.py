@@ -83,6 +83,7 @@ def _settings_for(settings: Settings, options: Options, run: Path) -> Settings:
             "run": run,
             "xds": run / "envoy",
             "events": run / "events.sock",
+            "counters": run / "counters.sock",
             "listen": f"unix:{run}/ext_proc.sock",
             "access_log": f"unix:{run}/als.sock",
             "envoy_listen": f"127.0.0.1:{options.port}",

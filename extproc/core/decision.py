@@ -113,3 +113,10 @@ def _forced(plan: Plan, arm: Arm) -> Decision:
     if arm is Arm.STABLE:
         return Decision(plan.forced_stable)
     return Decision(plan.not_warm if plan.cold else plan.forced_canary)
+
+
+def unit_bytes(ruleset: Ruleset, request: Request) -> bytes:
+    """The unit of a request as it came, empty where there is none or two: for showing it, where that is configured."""
+    plan = plan_of(ruleset, request.headers.get(b":path", b""))
+    unit = unit_of(plan.readers, request) if isinstance(plan, Plan) else None
+    return unit if isinstance(unit, bytes) else b""

@@ -2,11 +2,11 @@
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from extproc.core.decision import decide
+from extproc.core.decision import decide, unit_bytes
 from extproc.core.request import Request
 from extproc.core.ruleset import Ruleset
 from extproc.wire.ext_proc_pb2 import ProcessingRequest
@@ -16,20 +16,14 @@ _pack_hash = struct.Struct("<d").pack
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What answers requests: a ruleset, the reply to each of its choices, and how often each was given.
+    """What answers requests: a ruleset, the reply to each of its choices, and what is said to other phases.
 
-    `replies[choice.index]` and `counts[choice.index]`; `other_phases` holds replies by the name of the phase.
-    The counts are the only thing that changes, from the one loop that answers.
+    `replies[choice.index]` is the reply to a choice; `other_phases` holds replies by the name of the phase.
     """
 
     ruleset: Ruleset
     replies: Sequence[bytes]
     other_phases: Mapping[str, bytes]
-    counts: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Starts the counts at zero."""
-        self.counts.extend([0] * (len(self.replies) - len(self.counts)))
 
 
 def read_request(message: ProcessingRequest) -> Request:
@@ -48,10 +42,19 @@ def read_request(message: ProcessingRequest) -> Request:
 
 
 class Answerer:
-    """Answers with what was published last. Publishing is the assignment of `published`; no lock, no wait."""
+    """Answers with what was published last. Publishing is the assignment of `published`; no lock, no wait.
+
+    `counts` says how often each choice was given, by its index; `seen` has an entry per hashed unit, the choice's index
+    above the 32 bits of the hash. Whoever reads them puts new ones in their place, and does so before publishing.
+    Units whose hash is in `named` are kept in `names` as they came.
+    """
 
     def __init__(self, published: Published) -> None:
         self.published = published
+        self.counts: dict[int, int] = {}
+        self.seen: list[int] = []
+        self.named: frozenset[int] = frozenset()
+        self.names: dict[int, bytes] = {}
 
     def __call__(self, message: bytes) -> bytes:
         """The reply to one serialized ProcessingRequest. Never raises: what is unreadable gets stable, ERROR."""
@@ -64,13 +67,18 @@ class Answerer:
         if phase != "request_headers":
             other = published.other_phases.get(phase or "")
             return self._error(published) if other is None else other
-        choice, unit_hash = decide(published.ruleset, read_request(request))
-        published.counts[choice.index] += 1
-        reply = published.replies[choice.index]
-        return reply if unit_hash is None else reply + _pack_hash(unit_hash)
+        headers = read_request(request)
+        choice, unit_hash = decide(published.ruleset, headers)
+        index = choice.index
+        self.counts[index] = self.counts.get(index, 0) + 1
+        if unit_hash is None:
+            return published.replies[index]
+        self.seen.append(index << 32 | unit_hash)
+        if unit_hash in self.named and unit_hash not in self.names:
+            self.names[unit_hash] = unit_bytes(published.ruleset, headers)
+        return published.replies[index] + _pack_hash(unit_hash)
 
-    @staticmethod
-    def _error(published: Published) -> bytes:
+    def _error(self, published: Published) -> bytes:
         index = published.ruleset.error.index
-        published.counts[index] += 1
+        self.counts[index] = self.counts.get(index, 0) + 1
         return published.replies[index]
