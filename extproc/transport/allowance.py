@@ -13,7 +13,7 @@ IDLE_FRAME: Final = 10
 """A frame that makes us work or answer for nothing."""
 SMALL_FRAME: Final = 5
 """A frame that honest peers send often: a WINDOW_UPDATE that frees nothing."""
-EARNED: Final = 10
+EARNED: Final = 20
 """What an answered message gives back, so that a busy connection may ping and reset more."""
 
 

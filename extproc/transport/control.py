@@ -115,6 +115,7 @@ class Control:
             self._allowance.spend(SMALL_FRAME, "a setting")  # a new initial window touches every open stream
             self._apply(name, value)
         self._sender.add(frames.SETTINGS_ACK)
+        self._sender.flush()
 
     def on_ping(self, flags: int, payload: bytes) -> None:
         """RFC 9113 6.7."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from extproc.transport.connection import Connection
 from extproc.transport.limits import Limits
@@ -42,8 +42,7 @@ class _Link(asyncio.Protocol):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  for the type checker: stream sockets only
-        self._transport = transport
+        self._transport = transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses of asyncio's
         transport.set_write_buffer_limits(high=self._lane.limits.write_buffer_bytes)
         self._lane.joined(self)
         self._send(self._connection.open())

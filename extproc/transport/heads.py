@@ -106,7 +106,7 @@ class HeadReader:
         except OversizedHeaderListError:
             raise Http2ConnectionError(ErrorCode.ENHANCE_YOUR_CALM, "header list too large") from None
         except (HPACKError, IndexError, ValueError) as error:
-            raise Http2ConnectionError(ErrorCode.COMPRESSION_ERROR, f"header block: {error}"[:120]) from None
+            raise Http2ConnectionError(ErrorCode.COMPRESSION_ERROR, f"header block: {type(error).__name__}") from None
         self._stateless = self._decoder.max_allowed_table_size == 0 == self._decoder.header_table_size
         return fields
 

@@ -17,7 +17,7 @@ class Limits:
     """A header block, as sent and again as decoded (name + value + 32 for each field)."""
     max_continuations: int = 16
     """CONTINUATION frames of one header block: 64 KiB need four of them."""
-    partial_bytes: int = 1_048_576
+    partial_bytes: int = 4_194_304
     """Unfinished messages of all streams together."""
     queued_bytes: int = 1_048_576
     """Replies that wait for the peer's flow-control windows, of all streams together."""

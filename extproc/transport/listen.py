@@ -79,12 +79,12 @@ def _open_unix(path: Path) -> Listener:
             os.umask(mask)
         opened.listen(BACKLOG)
         inode = path.lstat().st_ino
-    except OSError as error:
-        opened.close()
-        raise ListenError(f"cannot listen on unix:{path}: {error.strerror}") from None
     except ListenError:
         opened.close()
         raise
+    except OSError as error:
+        opened.close()
+        raise ListenError(f"cannot listen on unix:{path}: {error.strerror}") from None
     opened.setblocking(False)
     return Listener(opened, f"unix:{path}", path=path, inode=inode)
 

@@ -107,14 +107,16 @@ class Sender:
         self._flush(stream)
 
     def set_initial_window(self, size_bytes: int) -> None:
-        """SETTINGS_INITIAL_WINDOW_SIZE: moves the window of every open stream by the difference (RFC 9113 6.9.2)."""
+        """SETTINGS_INITIAL_WINDOW_SIZE moves the window of every open stream by the difference (RFC 9113 6.9.2).
+
+        The caller flushes, behind the acknowledgment: the peer counts with the new windows from there on.
+        """
         change = size_bytes - self.initial_window
         self.initial_window = size_bytes
         for stream in self._streams.open.values():
             stream.window += change
             if stream.window > frames.LARGEST_WINDOW:
                 raise Http2ConnectionError(ErrorCode.FLOW_CONTROL_ERROR, "stream window above 2^31-1")
-        self.flush()
 
     def flush(self) -> None:
         """Sends what the windows allow by now, the stream that waits longest first."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import uvloop
 from hpack import Decoder, Encoder
 
 from extproc.transport.connection import Connection
@@ -83,6 +84,11 @@ static_resources:
       cluster_name: perch
       endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket}}}}}}}}}]}}]
 """
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """Every async test here runs on asyncio's own loop and on uvloop, whose transports are another implementation."""
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")

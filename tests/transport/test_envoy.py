@@ -18,6 +18,7 @@ def _get(port: int, requests: int) -> list[tuple[int, str]]:
     return got
 
 
+@pytest.mark.asyncio(loop_factories=["asyncio"])
 @pytest.mark.parametrize("graceful", [True, False], ids=["half-close", "reset"])
 async def test_envoy_gets_every_answer_and_reports_no_failure(
     transport_class, graceful, tmp_path, canary, start_envoy, eventually
