@@ -160,13 +160,12 @@ async def _infer(state: State, served: Served, request: web.BaseRequest) -> Writ
     text, json_part = write_answer(inference, outputs, manifest)
     predictions = predictions_of(outputs, manifest)
     state.telemetry.predicted(manifest.version, predictions)
-    kind = f"{_JSON}\r\n" if json_part is None else f"{_RAW}\r\ninference-header-content-length: {json_part}\r\n"
-    return Written(
-        200,
-        text,
-        f"content-type: {kind}x-model-version: {manifest.version}\r\n"
-        f"x-model-prediction: {prediction_list(predictions)}\r\nx-model-prediction-count: {len(predictions)}\r\n",
+    kind = _JSON if json_part is None else f"{_RAW}\r\ninference-header-content-length: {json_part}"
+    headers = (
+        f"content-type: {kind}\r\nx-model-version: {manifest.version}\r\n"
+        f"x-model-prediction: {prediction_list(predictions)}\r\nx-model-prediction-count: {len(predictions)}\r\n"
     )
+    return Written(200, text, headers)
 
 
 def _require_readable(request: web.BaseRequest) -> int | None:

@@ -41,6 +41,7 @@ class Manifest:
     inputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
     outputs_by_name: Mapping[str, TensorSpec] = field(init=False, repr=False)
     every_output: Mapping[bool, tuple[Wanted, ...]] = field(init=False, repr=False)  # by "as raw bytes"
+    matrix: TensorSpec | None = field(init=False, repr=False)  # the only input, if it is rows of floats of one width
     batched: bool = field(init=False)  # the first axis of every tensor is rows: requests may share one call
     fixed: bool = field(init=False)  # behind the rows every size of the inputs is given
 
@@ -51,6 +52,9 @@ class Manifest:
         object.__setattr__(self, "outputs_by_name", {spec.name: spec for spec in self.outputs})
         every = {binary: tuple(Wanted(spec, binary) for spec in self.outputs) for binary in (False, True)}
         object.__setattr__(self, "every_output", every)
+        only = self.inputs[0] if len(self.inputs) == 1 else None
+        plain = only is not None and len(only.shape) == 2 and only.shape[0] == -1 and only.datatype.startswith("FP")
+        object.__setattr__(self, "matrix", only if plain and only is not None and only.shape[1] != -1 else None)
         object.__setattr__(self, "batched", all(spec.shape[0] == -1 for spec in specs))
         object.__setattr__(self, "fixed", all(-1 not in spec.shape[1:] for spec in self.inputs))
 

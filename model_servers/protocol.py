@@ -6,11 +6,13 @@ Pure. Everything a client can get wrong raises `Refused` with a sentence and the
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from model_servers import jsontext
 from model_servers.errors import Refused
 from model_servers.manifest import Manifest
 from model_servers.rawtensors import from_raw
-from model_servers.tensors import Tensor, TensorSpec, Wanted, checked_shape, from_json
+from model_servers.tensors import DATATYPES, Tensor, TensorSpec, Wanted, checked_shape, from_json, in_range
 
 _OURS = frozenset({"binary_data_output", "timeout"})  # request parameters that the protocol uses up
 _SHOWN = 80  # characters of a client's value that an error repeats
@@ -40,6 +42,9 @@ def read_inference(body: bytes, json_bytes: int | None, manifest: Manifest) -> I
     else:
         raw = raw[len(body) :]
     document = _read_document(body)
+    short = _short_way(document, manifest) if json_bytes is None else None
+    if short is not None:
+        return short
     inputs = _read_inputs(document.get("inputs"), raw, manifest)
     rows = _rows(inputs) if manifest.batched else 1
     identity = _identity(document.get("id"))
@@ -50,6 +55,32 @@ def read_inference(body: bytes, json_bytes: int | None, manifest: Manifest) -> I
     wanted = _wanted(document.get("outputs"), manifest, parameters.get("binary_data_output") is True)
     kept = {name: value for name, value in parameters.items() if name not in _OURS}
     return Inference(inputs, rows, wanted, identity, kept, _timeout_s(parameters.get("timeout")))
+
+
+def _short_way(document: dict[str, Any], manifest: Manifest) -> Inference | None:
+    """The request that nearly every client sends nearly always, read in one go: one float matrix and nothing else.
+
+    None for anything unusual or wrong, which then goes the long way and gets its error there. Whatever this accepts
+    the long way accepts with the same result (a test compares the two); it takes a third of the time.
+    """
+    spec = manifest.matrix
+    if spec is None or len(document) != 1:
+        return None
+    try:
+        (entry,) = document["inputs"]
+        if len(entry) != 4 or entry["name"] != spec.name or entry["datatype"] != spec.datatype:
+            return None
+        rows, columns = entry["shape"]
+        array = np.asarray(entry["data"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    given = array.shape
+    if array.dtype != np.float64 or type(rows) is not int or type(columns) is not int or columns != spec.shape[1]:
+        return None
+    if given not in ((rows * columns,), (rows, columns)) or rows < 1 or not in_range(array, spec.datatype):
+        return None
+    matrix = array.astype(DATATYPES[spec.datatype]).reshape(rows, columns)
+    return Inference({spec.name: matrix}, rows, manifest.every_output[False], None, {}, None)
 
 
 def _read_document(body: bytes) -> dict[str, Any]:

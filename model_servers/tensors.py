@@ -35,7 +35,7 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 
 
 # Below this sum of squares no value exceeds the largest of the float type with so many bytes (65504, 3.4e38, 1.8e308).
-_SAFE_SQUARES = {2: 4.2e9, 4: 1e76, 8: math.inf}
+_SAFE_SQUARES = {"FP16": 4.2e9, "FP32": 1e76, "FP64": math.inf}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,12 @@ def all_finite(array: Tensor) -> bool:
     if array.dtype.itemsize > 2 and math.isfinite(np.vdot(flat, flat)):
         return True
     return bool(np.isfinite(array).all())
+
+
+def in_range(array: Tensor, datatype: str) -> bool:
+    """Whether every value of a float64 array is known to be finite as `datatype`; False: look at them one by one."""
+    flat = array.ravel()
+    return bool(np.vdot(flat, flat) < _SAFE_SQUARES[datatype])
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -133,9 +139,8 @@ def _cast(array: Tensor, data: Sequence[Any], spec: TensorSpec) -> Tensor:
 
 
 def _cast_float(array: Tensor, wanted: np.dtype[Any], spec: TensorSpec) -> Tensor:
-    flat = array.ravel()
-    if array.dtype.kind == "f" and np.vdot(flat, flat) < _SAFE_SQUARES[wanted.itemsize]:
-        return array.astype(wanted)  # every value is finite and in range, found in one quick pass
+    if array.dtype.kind == "f" and in_range(array, spec.datatype):
+        return array.astype(wanted)
     with np.errstate(over="ignore"):
         cast = array.astype(wanted)
     if not np.isfinite(cast).all():

@@ -1,12 +1,13 @@
 """Trains the two digits models on scikit-learn's bundled data and writes them as artifacts.
 
-`python -m model_servers.train [--out DIR]` makes DIR/1 (logistic regression, the stable model) and DIR/2 (a small
-multilayer perceptron, the canary). Fixed seeds, one thread, weights rounded to float32: with the locked versions and
-one kind of processor the files are the same bit for bit. This is the only module that needs scikit-learn.
+`python -m model_servers.train [--out DIR] [--onnx]` makes DIR/1 (logistic regression, the stable model), DIR/2 (a small
+multilayer perceptron, the canary) and with --onnx DIR-onnx/2, the same perceptron as an ONNX graph. Fixed seeds, one
+thread, weights rounded to float32: with the locked versions and one kind of processor the files are the same bit for
+bit. This is the only module that needs scikit-learn.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 
 from model_servers.dense import dense_softmax
 from model_servers.manifest import ARRAYS, Manifest, packed, write_artifact
+from model_servers.onnxexport import dense_softmax_graph
+from model_servers.onnxmodel import GRAPH
 from model_servers.tensors import Tensor, TensorSpec
 
 ARTIFACTS = Path(__file__).parent / "artifacts" / "digits"
@@ -87,8 +90,8 @@ def digits_manifest(version: str, arrays: dict[str, Tensor], digits: Digits) -> 
     )
 
 
-def train(out: Path) -> list[Manifest]:
-    """Writes both version directories under `out` and returns their manifests."""
+def train(out: Path, *, onnx: bool = False) -> list[Manifest]:
+    """Writes the version directories under `out` and returns their manifests."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # noqa: PLC0415  scikit-learn brings it
 
     digits = load_digits()
@@ -96,9 +99,12 @@ def train(out: Path) -> list[Manifest]:
     with threadpool_limits(limits=1):  # the order of additions, and so the last bit, depends on the number of threads
         for number, version, fit in (("1", "1-logistic", train_logistic), ("2", "2-mlp", train_mlp)):
             arrays = fit(digits)
-            manifests.append(
-                write_artifact(out / number, digits_manifest(version, arrays, digits), {ARRAYS: packed(arrays)})
-            )
+            manifest = digits_manifest(version, arrays, digits)
+            manifests.append(write_artifact(out / number, manifest, {ARRAYS: packed(arrays)}))
+    if onnx:
+        graph = dense_softmax_graph(arrays, "pixels")
+        same = replace(manifest, version=f"{manifest.version}-onnx", backend="onnx")
+        manifests.append(write_artifact(out.with_name(f"{out.name}-onnx") / "2", same, {GRAPH: graph}))
     return manifests
 
 
@@ -106,11 +112,12 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m model_servers.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of the version directories")
-    out: Path = parser.parse_args().out
+    parser.add_argument("--onnx", action="store_true", help="also the perceptron as ONNX, in DIR-onnx (needs onnx)")
+    given = parser.parse_args()
     try:
-        manifests = train(out)
+        manifests = train(given.out, onnx=given.onnx)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"training needs {error.name}: pip install 'perch[train]'") from None
+        raise SystemExit(f"training needs {error.name}: pip install 'perch[train,onnx]'") from None
     for manifest in manifests:
         metrics = manifest.metrics
         print(f"{manifest.version}: accuracy {metrics['accuracy']:.4f} on {metrics['held_out']} held-out digits")  # noqa: T201
