@@ -120,6 +120,25 @@ async def _with_two_healthy(admin):
 
 
 @pytest.mark.parametrize(
+    "health",
+    [
+        {"eds_health_status": "UNHEALTHY"},
+        {"eds_health_status": "DRAINING"},
+        {},
+        {"eds_health_status": "HEALTHY", "pending_active_hc": True},
+        {"eds_health_status": "HEALTHY", "failed_outlier_check": True},
+        {"eds_health_status": "HEALTHY", "pending_dynamic_removal": True},
+    ],
+)
+async def test_any_doubt_about_a_host_is_not_health(folder, admin, health):
+    """Flags that a real Envoy shows for moments only, so the answer is given by hand."""
+    host = {"address": {"socket_address": {"address": "::1", "port_value": 80}}, "health_status": health}
+    body = json.dumps({"cluster_statuses": [{"name": "m_canary", "host_statuses": [host]}]}).encode()
+    async with http(folder / "admin.sock", b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body):
+        assert await admin.hosts() == (Host("m_canary", "[::1]:80", healthy=False, model="m", served="canary"),)
+
+
+@pytest.mark.parametrize(
     ("name", "belongs_to"),
     [
         ("digits_stable", ("digits", "stable")),

@@ -39,6 +39,11 @@ async def until(condition: Callable[[], Any]) -> Any:
             await asyncio.sleep(0.02)
 
 
+def patient(text: str) -> str:
+    """A busy machine may keep our decider from answering within 100 ms, and Envoy would go on without it."""
+    return text.replace('message_timeout: "0.1s"', 'message_timeout: "10s"')
+
+
 @dataclass
 class Upstream:
     """A model server that says who it is, what it was asked, and forges the headers that only Envoy may set."""
@@ -213,8 +218,8 @@ class Edge:
         return cluster not in await self.healthy()
 
     async def is_served_by(self, name: str) -> bool:
-        """A request that was decided for canary is answered by this server."""
-        return (await self.infer(x_test_cohort="canary")).by == name
+        """Ten requests in a row that were decided for canary are answered by this server."""
+        return {(await self.infer(x_test_cohort="canary")).by for _ in range(10)} == {name}
 
     async def filter_is(self, version: str) -> bool:
         """Envoy uses this version of the ext_proc filter."""
@@ -230,7 +235,9 @@ class Edge:
 
     def files(self, **change: Any) -> dict[str, str]:
         """The files of this edge, rendered again with a change."""
-        return render(change.pop("models", self.models), self.settings, forwarded_headers(TEST_HEADERS), **change)
+        models = change.pop("models", self.models)
+        files = render(models, self.settings, forwarded_headers(TEST_HEADERS), **change)
+        return {name: patient(text) for name, text in files.items()}
 
 
 def a_model(name: str, canaries: int = 1) -> Model:
@@ -276,10 +283,7 @@ async def _envoy(edge: Edge) -> AsyncIterator[None]:
         process = await asyncio.create_subprocess_exec(*envoy_command(edge.settings), stderr=log, stdout=log)
     try:
         edge.port = await until(lambda: _port(edge, process))
-        clusters = {
-            f"{model.name}_{arm}" for model in edge.models for arm in ("stable", "canary") if getattr(model, arm)
-        }
-        await until(lambda: _covers(edge, clusters | {"perch"}))
+        await until(lambda: _all_healthy(edge))
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -295,8 +299,11 @@ async def _port(edge: Edge, process: asyncio.subprocess.Process) -> int | None:
         return None
 
 
-async def _covers(edge: Edge, clusters: set[str]) -> bool:
-    return clusters <= await edge.healthy()
+async def _all_healthy(edge: Edge) -> bool:
+    """Not only one of each cluster: with checks switched off, what is unhealthy now stays so."""
+    hosts = await edge.admin.hosts()
+    checked = [host.healthy for host in hosts if host.cluster != "perch_als"]
+    return all(checked) and len(checked) > sum(len(model.stable + model.canary) for model in edge.models)
 
 
 @pytest.fixture(name="a_model")

@@ -18,6 +18,7 @@ async def test_a_newly_forwarded_header_reaches_perch_on_the_open_connection(edg
     assert write(edge.settings.files, {"ecds.yaml": text}) == ("ecds.yaml",)
     await edge.until(lambda: edge.filter_is(version_of(text)))
     await edge.infer(x_tenant="acme", cookie="uid=7")
+    await edge.until(lambda: "x-tenant" in edge.decider.seen[-1])
     assert (edge.decider.seen[-1]["x-tenant"], edge.decider.seen[-1]["cookie"]) == (b"acme", b"uid=7")
     stats = await edge.admin.counters(r"^http\.edge\.downstream_cx_total$|^listener_manager\.listener_modified$")
     assert list(stats.values()) == [1, 0]
