@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from extproc.core.decision import Decision, decide
-from extproc.core.document import FlagFileError, Place, Problem
 from extproc.core.exposure import ExposureError
 from extproc.core.flags import Exposures, Flag, SourceKind
 from extproc.core.request import Request
 from extproc.core.ruleset import Plan, Reason, Ruleset, Split, compile_ruleset, ruleset_version
-from extproc.core.schema import parse
 from extproc.flagfile import Paths, read_exposures
-from extproc.flagyaml import MAX_BYTES, read_document
-from extproc.statefiles import read_or_none
+from extproc.flagread import read_flag_file
 
 
 class ExplainError(Exception):
@@ -34,13 +31,8 @@ class Loaded:
 
 def read_flags(path: Path, models: Mapping[str, str] | None) -> tuple[bytes, tuple[Flag, ...]]:
     """The file's bytes and flags, by the very reader that serves. Raises FlagFileError."""
-    try:
-        content = read_or_none(path, MAX_BYTES)
-    except OSError as error:
-        raise FlagFileError([Problem(Place(1, 1), "", f"cannot be read: {error.strerror}")]) from None
-    if content is None:
-        raise FlagFileError([Problem(Place(1, 1), "", "there is no such file")])
-    return content, parse(read_document(content), models).flags
+    read = read_flag_file(path, models)
+    return read.content, read.flags
 
 
 def load(paths: Paths, models: Mapping[str, str], force_token: str | None) -> Loaded:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from extproc.core.document import Document, FlagFileError, Marks, Place, Problem
+from extproc.core.document import Document, FlagFileError, Marks, Place, Problem, printable
 
 MAX_BYTES = 16 * 1024 * 1024
 """10,000 flags are about 2 MiB."""
@@ -24,7 +24,8 @@ MAX_NODES = 2_000_000
 MAX_PROBLEMS = 200
 
 _LOADER = getattr(yaml, "CLoader", yaml.Loader)  # the C parser: eight times faster, the same events
-_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,30})")
+_INT = re.compile(r"0|-?[1-9][0-9]{0,30}")
+"""`+49` and `-0` stay text: as a number they would not be what a header says."""
 _FLOAT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,30})?\.?[0-9]{1,30}(?:[eE][-+]?[0-9]{1,3})?|[-+]?(?:0|[1-9][0-9]{0,30})\.")
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _WORDS: dict[str, Any] = {
@@ -45,9 +46,17 @@ class _Node:
 
 
 def read_document(content: bytes) -> Document:
-    """The one YAML document in `content`. Raises FlagFileError with every problem found, and nothing else."""
+    """The one YAML document in `content`. Raises FlagFileError with every problem of the YAML, and nothing else."""
+    document = scan_document(content)
+    if document.problems:
+        raise FlagFileError(document.problems)
+    return document
+
+
+def scan_document(content: bytes) -> Document:
+    """The same, but what can be read past is left to the caller, as the document's `problems`."""
     if len(content) > MAX_BYTES:
-        raise _error(Place(1, 1), f"the file has {len(content):,} bytes; at most {MAX_BYTES:,} are read")
+        raise _error(Place(1, 1), f"the file is larger than {MAX_BYTES:,} bytes, and no more is read; split it")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -68,7 +77,7 @@ def read_document(content: bytes) -> Document:
 
 
 def _error(place: Place, message: str) -> FlagFileError:
-    return FlagFileError([Problem(place, "", message)])
+    return FlagFileError([Problem(place, "", printable(message))])
 
 
 def _yaml_error(error: yaml.MarkedYAMLError, text: str) -> FlagFileError:
@@ -109,12 +118,10 @@ class _Builder:
         after = next(self._events)
         if isinstance(after, yaml.DocumentStartEvent):
             self._problem(_place(after), "a second YAML document begins here; one file holds one")
-        if self._problems:
-            raise FlagFileError(self._problems)
-        return Document(root.value, root.marks)
+        return Document(root.value, root.marks, tuple(self._problems))
 
     def _problem(self, place: Place, message: str) -> None:
-        self._problems.append(Problem(place, "", message))
+        self._problems.append(Problem(place, "", printable(message)))
         if len(self._problems) >= MAX_PROBLEMS:
             raise FlagFileError(self._problems)
 

@@ -1,9 +1,11 @@
 """What a rule asks of a request, as frozen values, and the closures that answer it without raising.
 
 Logic is plain boolean: a condition on a header that is absent is false, and its negation true. A header that came more
-than once satisfies a condition if any of its values does. Values are compared as bytes, case-sensitive.
+than once satisfies a condition if any of its values does, except that `cidr` looks at the last one only. Values are
+compared as bytes, case-sensitive.
 """
 
+import functools
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
@@ -17,8 +19,14 @@ from extproc.core.request import Request, cookie_values
 Test = Callable[[Request], bool]
 ValueTest = Callable[[bytes], bool]
 
-MAX_REGEX_BYTES = 1 << 20
-"""Memory that one compiled expression may take: a bound on what a flag file can make every worker hold."""
+MAX_REGEX_BYTES = 1 << 18
+"""Memory that one expression of a file may take: with MAX_REGEXES a bound on what a file makes every worker hold."""
+
+MAX_JOINED_BYTES = 1 << 20
+"""The same for the expressions of many rules joined into one."""
+
+MAX_REGEXES = 2_000
+"""Different expressions in one file."""
 
 
 class Subject(StrEnum):
@@ -122,11 +130,14 @@ def compile_condition(condition: Condition) -> Test:
 
 
 def _compile_leaf(leaf: Leaf) -> Test:
-    return subject_test(leaf.subject, leaf.name, value_test(leaf.op, leaf.values))
+    accepts = value_test(leaf.op, leaf.values)
+    if leaf.op is Op.CIDR:
+        return _last_value_test(leaf.name.encode(), accepts)
+    return subject_test(leaf.subject, leaf.name, accepts)
 
 
 def subject_test(subject: Subject, name: str, accepts: ValueTest) -> Test:
-    """Whether a request's value of this subject is accepted."""
+    """Whether one of a request's values of this subject is accepted."""
     match subject:
         case Subject.COOKIE:
             cookie = name.encode()
@@ -160,6 +171,16 @@ def _header_test(name: bytes, accepts: ValueTest) -> Test:
     return test
 
 
+def _last_value_test(name: bytes, accepts: ValueTest) -> Test:
+    """For addresses: Envoy writes the last value, and whatever stands before it a client may have made up."""
+
+    def test(request: Request) -> bool:
+        value = request.headers.get(name)
+        return value is not None and accepts(request.repeated.get(name, (value,))[-1])
+
+    return test
+
+
 def value_test(op: Op, values: Sequence[str]) -> ValueTest:
     """Whether one value, as raw bytes, compares true. Never raises when called."""
     encoded = tuple(value.encode() for value in values)
@@ -184,11 +205,12 @@ def value_test(op: Op, values: Sequence[str]) -> ValueTest:
             return lambda _value: True
 
 
-def compile_regex(pattern: str) -> "re2._Regexp[bytes]":
-    """A linear-time expression over bytes. Raises ValueError with RE2's reason."""
+@functools.lru_cache(maxsize=MAX_REGEXES)
+def compile_regex(pattern: str, max_bytes: int = MAX_REGEX_BYTES) -> "re2._Regexp[bytes]":
+    """A linear-time expression over bytes, one for all rules that write it. Raises ValueError with RE2's reason."""
     options = re2.Options()
     options.log_errors = False
-    options.max_mem = MAX_REGEX_BYTES
+    options.max_mem = max_bytes
     try:
         return re2.compile(pattern.encode(), options)
     except re2.error as error:
@@ -227,7 +249,9 @@ _SEMVER = re.compile(
     rb"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})"
     rb"(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?(?:\+[0-9A-Za-z.-]+)?"
 )
-_COMPARATOR = re.compile(r"(>=|<=|>|<|=|\^|~)?([0-9]+)(?:\.([0-9]+))?(?:\.([0-9]+))?(?:-([0-9A-Za-z.-]+))?")
+_COMPARATOR = re.compile(
+    r"(>=|<=|>|<|=|\^|~)?([0-9]{1,18})(?:\.([0-9]{1,18}))?(?:\.([0-9]{1,18}))?(?:-([0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*))?"
+)
 
 SemverKey = tuple[int, int, int, tuple[tuple[int, int, bytes], ...]]
 Comparator = tuple[str, SemverKey]
@@ -247,7 +271,15 @@ def semver_key(version: bytes) -> SemverKey | None:
 def _prerelease_key(text: bytes | None) -> tuple[tuple[int, int, bytes], ...]:
     if text is None:
         return _RELEASE
-    return tuple((0, int(part), b"") if part.isdigit() else (1, 0, part) for part in text.split(b"."))
+    return tuple(map(_identifier_key, text.split(b".")))
+
+
+def _identifier_key(part: bytes) -> tuple[int, int, bytes]:
+    """Numbers sort by length, then digit by digit: a client may send more of them than Python would make an int of."""
+    if not part.isdigit():
+        return 1, 0, part
+    digits = part.lstrip(b"0")
+    return 0, len(digits), digits
 
 
 def parse_semver_range(text: str) -> tuple[Comparator, ...]:
@@ -255,7 +287,7 @@ def parse_semver_range(text: str) -> tuple[Comparator, ...]:
     comparators: list[Comparator] = []
     for word in text.replace(",", " ").split():
         match = _COMPARATOR.fullmatch(word)
-        if match is None:
+        if match is None or (match[5] is not None and match[4] is None):
             raise ValueError(f"{word!r} is no version comparison; write for example >=2.1.0 <3")
         comparators.extend(_comparators(match))
     if not comparators:
@@ -272,12 +304,22 @@ def _comparators(match: re.Match[str]) -> list[Comparator]:
         return [(">=", low), ("<", _next(low, first))]
     if op == "~":
         return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
-    if op in ("<", ">=") and patch is None:
-        # `<3` leaves out 3.0.0-rc.1 too: who writes it means the third version, not its last pre-release.
-        return [(op, low if op == ">=" else (*low[:3], ()))]
-    if op == "=" and patch is None:
-        return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
-    return [(op, low)]
+    if patch is not None:
+        return [(op, low)]
+    # A part that is left out stands for all its values: `>3` begins at 4, `<=1.2` goes on to 1.3. And `<3` leaves out
+    # 3.0.0-rc.1 too: who writes it means the third version, not its last pre-release.
+    above = _next(low, 0 if minor is None else 1)
+    match op:
+        case ">=":
+            return [(">=", low)]
+        case "<":
+            return [("<", (*low[:3], ()))]
+        case ">":
+            return [(">=", above)]
+        case "<=":
+            return [("<", above)]
+        case _:
+            return [(">=", low), ("<", above)]
 
 
 def _next(key: SemverKey, place: int) -> SemverKey:

@@ -32,9 +32,13 @@ class Problem:
     path: str
     message: str
 
+    @property
+    def what(self) -> str:
+        """The problem without its place: at which key, and the message."""
+        return f"{self.path}: {self.message}" if self.path else self.message
+
     def __str__(self) -> str:
-        at = f"{self.path}: " if self.path else ""
-        return f"{self.place.line}:{self.place.column}: {at}{self.message}"
+        return f"{self.place.line}:{self.place.column}: {self.what}"
 
 
 class FlagFileError(Exception):
@@ -42,7 +46,7 @@ class FlagFileError(Exception):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.place.line, p.place.column, p.path)))
-        super().__init__("; ".join(map(str, self.problems)))
+        super().__init__("; ".join(map(str, self.problems[:20])))
 
     def __reduce__(self) -> tuple[type["FlagFileError"], tuple[tuple[Problem, ...]]]:
         return FlagFileError, (self.problems,)
@@ -50,10 +54,14 @@ class FlagFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data (dict, list, str, int, Decimal, bool, None) and the place of each part."""
+    """Plain data (dict, list, str, int, Decimal, bool, None), the place of each part, and what was wrong with the text.
+
+    A document with problems is read on so that all of them can be told at once; it must not be served.
+    """
 
     data: Any
     marks: Marks
+    problems: tuple[Problem, ...] = ()
 
     def place_of(self, path: Path, *, of_key: bool = False) -> Place:
         """The place of the value at `path`, or of its key; where the path leaves the document, of its last part."""
@@ -83,4 +91,12 @@ def _key_place(marks: Marks, step: str | int) -> Place | None:
 
 def dotted(path: Path) -> str:
     """`flags.digits.rollout.steps[2].soak`: a path as people write it."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
+    parts = (f"[{step}]" if isinstance(step, int) else f".{printable(step)}" for step in path)
+    return "".join(parts).removeprefix(".")
+
+
+def printable(text: str) -> str:
+    """The text with whatever would break a line or drive a terminal written as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

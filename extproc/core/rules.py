@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Generic, TypeVar
 
 from extproc.core.conditions import (
+    MAX_JOINED_BYTES,
     Condition,
     Leaf,
     Op,
@@ -79,11 +80,12 @@ def _could_match(leaves: Sequence[Leaf]) -> Test:
 
 def _joined_test(op: Op, values: Sequence[str]) -> ValueTest:
     """What `value_test` would say, by one expression where that is faster than one search per value."""
-    if op not in (Op.CONTAINS, Op.REGEX):
+    # An open \\Q would take the next expression for its own text.
+    if op not in (Op.CONTAINS, Op.REGEX) or (op is Op.REGEX and any("\\Q" in value for value in values)):
         return value_test(op, values)
     parts = [quote_regex(value) for value in values] if op is Op.CONTAINS else [f"(?:{value})" for value in values]
     try:
-        expression = compile_regex("|".join(parts))
+        expression = compile_regex("|".join(parts), MAX_JOINED_BYTES)
     except ValueError:  # together they may be larger than one expression may be
         return value_test(op, values)
     return lambda value: expression.search(value) is not None

@@ -4,7 +4,7 @@ import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from extproc.core.conditions import (
     All,
@@ -18,7 +18,7 @@ from extproc.core.conditions import (
     parse_semver_range,
 )
 from extproc.core.flags import Arm, Rule
-from extproc.core.scalars import HEADER_NAME, Name, Percent, Switch, shown
+from extproc.core.scalars import HEADER_NAME, Name, Percent, Switch, Text, shown
 
 TRUSTED_ADDRESSES = ("x-forwarded-for", "x-envoy-external-address")
 """Headers whose last address Envoy itself wrote. What else a client can write, no rule may take for its address."""
@@ -28,6 +28,21 @@ OPERATORS = ("in", "not_in", "equals", "prefix", "suffix", "contains", "regex", 
 COMBINERS = ("all", "any", "not", "segment")
 MAX_VALUES = 10_000
 MAX_CONDITIONS = 100
+MAX_REGEX = 2_000
+"""Characters of one expression."""
+
+
+def one_of(keys: Sequence[str]) -> dict[str, Any]:
+    """JSON Schema: exactly one of these keys."""
+    return {"oneOf": [{"required": [key]} for key in keys]}
+
+
+def condition_schema(schema: dict[str, Any]) -> None:
+    """JSON Schema of a condition: one subject with one operator, or one combiner alone."""
+    compared = [{"required": [name], **one_of(OPERATORS)} for name in ("header", "cookie")]
+    combined = [{"required": [name]} for name in ("path", "method", "all", "any", "segment")]
+    negated = {"required": ["not"], "properties": {"not": {"type": "object"}}}
+    schema["oneOf"] = [*compared, *combined, negated]
 
 
 def _text(value: Any) -> str:
@@ -66,6 +81,8 @@ def _network(text: str) -> None:
 
 
 def _regex(text: str) -> None:
+    if len(text) > MAX_REGEX:
+        raise ValueError(f"a regex has at most {MAX_REGEX:,} characters, not {len(text):,}; `in` takes long lists")
     try:
         compile_regex(text)
     except ValueError as error:
@@ -78,6 +95,8 @@ def _not_empty(text: str) -> None:
 
 
 def _header_name(value: Any) -> str:
+    if value in (":path", ":method"):
+        raise ValueError(f"{value} is no header; write `{value[1:]}: {{...}}` with the comparison inside")
     if not isinstance(value, str) or not HEADER_NAME.fullmatch(value.replace("_", "-")):
         raise ValueError(f"{shown(value)} is not a header's name")
     if "_" in value:
@@ -91,55 +110,76 @@ def _cookie_name(value: Any) -> str:
     return value
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
-Parts = Annotated[list[str], BeforeValidator(_checked(_not_empty), json_schema_input_type=str | list[str])]
-Regexes = Annotated[list[str], BeforeValidator(_checked(_regex), json_schema_input_type=str | list[str])]
-Ranges = Annotated[list[str], BeforeValidator(_checked(parse_semver_range), json_schema_input_type=str | list[str])]
-Networks = Annotated[list[str], BeforeValidator(_checked(_network), json_schema_input_type=str | list[str])]
-HeaderName = Annotated[str, BeforeValidator(_header_name)]
-CookieName = Annotated[str, BeforeValidator(_cookie_name)]
+_ONE = {"type": ["string", "integer"]}
+_TEXTS = WithJsonSchema(
+    {"anyOf": [_ONE, {"type": "array", "items": _ONE, "minItems": 1, "maxItems": MAX_VALUES}]},
+)
+
+Texts = Annotated[list[str], BeforeValidator(_texts), _TEXTS]
+Parts = Annotated[list[str], BeforeValidator(_checked(_not_empty)), _TEXTS]
+Regexes = Annotated[list[str], BeforeValidator(_checked(_regex)), _TEXTS]
+Ranges = Annotated[list[str], BeforeValidator(_checked(parse_semver_range)), _TEXTS]
+Networks = Annotated[list[str], BeforeValidator(_checked(_network)), _TEXTS]
+HeaderName = Annotated[str, BeforeValidator(_header_name), WithJsonSchema({"type": "string", "pattern": r"^[^_\s:]+$"})]
+CookieName = Annotated[str, BeforeValidator(_cookie_name), WithJsonSchema({"type": "string", "pattern": r"^[^\s;=]+$"})]
 
 
 class Comparison(BaseModel):
     """How a value is compared: exactly one of these."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=one_of(OPERATORS))
 
     in_: Texts | None = Field(None, alias="in", description="the value is one of these")
-    not_in: Texts | None = Field(None, description="the value is none of these, or the header is absent")
+    not_in: Texts | None = Field(None, description="the value is none of these, or there is no value")
     equals: Texts | None = Field(None, description="the value is this")
     prefix: Parts | None = Field(None, description="the value begins with this, or with one of these")
     suffix: Parts | None = Field(None, description="the value ends with this, or with one of these")
     contains: Parts | None = Field(None, description="the value has this in it, or one of these")
     regex: Regexes | None = Field(None, description="an RE2 expression found in the value; anchor it with ^ and $")
     semver: Ranges | None = Field(None, description="a version in this range: `>=2.1.0 <3`, `^1.4`, `~1.4.2`")
-    cidr: Networks | None = Field(None, description="the client's address is in this network")
-    exists: Switch | None = Field(None, description="the header or cookie is there, or with false is not")
+    cidr: Networks | None = Field(None, description="the client's address is in this network: `10.0.0.0/8`")
+    exists: Switch | None = Field(None, description="true: the value is there; false: it is not")
 
 
 class ConditionModel(Comparison):
     """A condition: a comparison of one subject, or others combined by `all`, `any`, `not`, `segment`."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=condition_schema)
+
     header: HeaderName | None = Field(None, description="the request header whose value is compared")
     cookie: CookieName | None = Field(None, description="the cookie whose value is compared")
     path: Comparison | None = Field(None, description="the path without its query, compared")
-    method: Comparison | None = Field(None, description="the method, compared")
-    all: "list[ConditionModel] | None" = Field(None, min_length=1, max_length=MAX_CONDITIONS)
-    any: "list[ConditionModel] | None" = Field(None, min_length=1, max_length=MAX_CONDITIONS)
-    not_: "Negation | None" = Field(None, alias="not", description="a condition, or true to negate what stands beside")
-    segment: str | None = Field(None, description="the name of a segment at the top of the file")
-
-    @model_validator(mode="after")
-    def _one_thing(self) -> "ConditionModel":
-        fail_unless_one_thing(self)
-        return self
+    method: Comparison | None = Field(None, description="the method, in capitals, compared")
+    all: "Conditions | None" = Field(None, description="every one of these conditions is true")
+    any: "Conditions | None" = Field(None, description="at least one of these conditions is true")
+    not_: "Negation | None" = Field(
+        None, alias="not", description="a condition that is not true; or `true` beside a comparison, to negate it"
+    )
+    segment: Text | None = Field(None, description="the segment of this name, defined at the top of the file, is true")
 
 
+Conditions = Annotated[list[ConditionModel], Field(min_length=1, max_length=MAX_CONDITIONS)]
 Negation = Annotated[
     Annotated[ConditionModel, Tag("condition")] | Annotated[Switch, Tag("switch")],
     Discriminator(lambda value: "condition" if isinstance(value, dict | ConditionModel) else "switch"),
 ]
 ConditionModel.model_rebuild()
+
+
+class RuleModel(BaseModel):
+    """One rule: where `when` is true, `serve` says the arm, or `canary` the percentage of a split of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=one_of(("serve", "canary")))
+
+    name: Name = Field(description="what decisions and metrics call the rule; with `canary`, also part of its salt")
+    when: ConditionModel = Field(description="the condition under which the rule decides")
+    serve: Literal["stable", "canary"] | None = Field(None, description="the arm that everybody gets who matches")
+    canary: Percent | None = Field(None, description="the percentage of those who match that gets canary")
+
+    def rule(self, segments: Mapping[str, Condition]) -> Rule:
+        """As the core knows it."""
+        serve = Arm(self.serve) if self.serve is not None else None
+        return Rule(name=self.name, when=condition_of(self.when, segments), serve=serve, percent=self.canary)
 
 
 def given(model: BaseModel, names: Sequence[str]) -> list[str]:
@@ -148,58 +188,6 @@ def given(model: BaseModel, names: Sequence[str]) -> list[str]:
         field.alias or name for name, field in type(model).model_fields.items() if name in model.model_fields_set
     }
     return [name for name in names if name in aliases]
-
-
-def fail_unless_one_thing(model: ConditionModel) -> None:
-    """Raises ValueError unless the condition says exactly one thing, and one that can be true."""
-    things = given(model, (*SUBJECTS, "all", "any", "segment"))
-    operators = given(model, OPERATORS)
-    if "not" in given(model, ("not",)) and not isinstance(model.not_, bool):
-        things.append("not")
-    if len(things) != 1:
-        known = ", ".join((*SUBJECTS, *COMBINERS))
-        raise ValueError(f"a condition has exactly one of {known}; here are {', '.join(things) or 'none'}")
-    if things[0] in ("header", "cookie"):
-        fail_unless_one_operator(operators, things[0])
-        if "cidr" in operators and model.header not in TRUSTED_ADDRESSES:
-            raise ValueError(f"cidr needs a header that Envoy wrote: {' or '.join(TRUSTED_ADDRESSES)}")
-    elif operators:
-        raise ValueError(f"`{operators[0]}` has nothing to compare beside `{things[0]}`")
-    for name in ("path", "method"):
-        comparison = getattr(model, name)
-        if comparison is not None:
-            fail_unless_one_operator(given(comparison, OPERATORS), name)
-
-
-def fail_unless_one_operator(operators: Sequence[str], subject: str) -> None:
-    """Raises ValueError unless there is exactly one."""
-    if len(operators) != 1:
-        known = ", ".join(OPERATORS)
-        raise ValueError(
-            f"`{subject}` is compared by exactly one of {known}; here are {', '.join(operators) or 'none'}"
-        )
-
-
-class RuleModel(BaseModel):
-    """One rule: where `when` is true, `serve` says the arm, or `canary` the percentage of a split of its own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Name
-    when: ConditionModel
-    serve: Literal["stable", "canary"] | None = None
-    canary: Percent | None = None
-
-    @model_validator(mode="after")
-    def _one_outcome(self) -> "RuleModel":
-        if len({"serve", "canary"} & self.model_fields_set) != 1:
-            raise ValueError("a rule has exactly one of `serve` (an arm) and `canary` (a percentage of its own)")
-        return self
-
-    def rule(self, segments: Mapping[str, Condition]) -> Rule:
-        """As the core knows it."""
-        serve = Arm(self.serve) if self.serve is not None else None
-        return Rule(name=self.name, when=condition_of(self.when, segments), serve=serve, percent=self.canary)
 
 
 def condition_of(model: ConditionModel, segments: Mapping[str, Condition]) -> Condition:
@@ -239,10 +227,10 @@ def _leaf(comparison: Comparison, subject: Subject, name: str) -> Condition:
             return Leaf(subject, name, Op(operator), values)
 
 
-def segments_named(model: ConditionModel) -> list[str]:
+def segments_named(model: ConditionModel) -> set[str]:
     """The segments that a condition names, at any depth."""
     inner = [*(model.all or ()), *(model.any or ())]
     if isinstance(model.not_, ConditionModel):
         inner.append(model.not_)
-    own = [model.segment] if model.segment is not None else []
-    return own + [name for each in inner for name in segments_named(each)]
+    own = {model.segment} if model.segment is not None else set()
+    return own.union(*map(segments_named, inner))

@@ -1,20 +1,23 @@
 """The schema of the flag file: a Document becomes flags, or a list of everything that is wrong with it."""
 
-import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from extproc.core.conditions import Condition
-from extproc.core.document import Document, FlagFileError, Path, Problem, dotted
+from extproc.core.crosschecks import cross_problems, in_order
+from extproc.core.document import Document, FlagFileError, Problem
 from extproc.core.flags import Flag, Guardrail, MissingUnit, Rollout, Step
-from extproc.core.ruleschema import Comparison, ConditionModel, RuleModel, condition_of, segments_named
-from extproc.core.scalars import Count, Day, Duration, MarginText, Name, Percent, Salt, Switch, Text, Unit, salt, shown
+from extproc.core.ruleschema import ConditionModel, RuleModel, condition_of, one_of, segments_named
+from extproc.core.scalars import Count, Day, Duration, MarginText, Name, Percent, Salt, Switch, Text, Unit
+from extproc.core.validation import keys_of, nothing_written, validated, without_repetition
 
-FIXED_GUARDRAILS = ("errors", "latency", "drift", "hangs", "srm")
 MAX_RULES = 1_000
+MAX_FLAGS = 50_000
+MAX_PROBLEMS = 200
+"""More would not be read; how many there are is told."""
 
 
 class _Strict(BaseModel):
@@ -26,11 +29,13 @@ class _Strict(BaseModel):
 class StepModel(_Strict):
     """One stage of a rollout."""
 
-    canary: Percent
-    soak: Duration | None = None
-    min_requests: Count | None = None
-    min_units: Count | None = None
-    approval: Literal["required"] | None = None
+    canary: Percent = Field(description="the percentage of users who get canary, higher than the step before")
+    soak: Duration | None = Field(None, description="how long the step lasts at least: 30s, 10m, 2h, 1h30m")
+    min_requests: Count | None = Field(None, description="requests of canary that must have been judged")
+    min_units: Count | None = Field(None, description="different users that must have been judged")
+    approval: Literal["required"] | None = Field(
+        None, description="a person must approve (`perch rollout approve`) before the next step"
+    )
 
     def step(self) -> Step:
         """As the core knows it."""
@@ -44,20 +49,29 @@ class StepModel(_Strict):
 
 
 class GuardrailModel(_Strict):
-    """One guardrail's margins."""
+    """One guardrail's margins: how much worse than stable canary may be."""
 
-    rollback_if: MarginText | None = None
-    halt_if: MarginText | None = None
-    require: Literal["pass"] | None = None
-    direction: Literal["up", "down"] | None = None
+    rollback_if: MarginText | None = Field(
+        None, description="everybody goes back to stable when canary is this much worse: 1.2x, 15% or 0.20"
+    )
+    halt_if: MarginText | None = Field(None, description="the rollout stays where it is when canary is this much worse")
+    require: Literal["pass"] | None = Field(
+        None, description="the next step waits for this guardrail to pass, not only for it not to fail"
+    )
+    direction: Literal["up", "down"] | None = Field(None, description="of a KPI: whether higher or lower is better")
 
 
 class RolloutModel(_Strict):
     """A plan that the controller follows."""
 
-    steps: Annotated[list[StepModel], Field(min_length=1, max_length=100)]
-    bake: Duration | None = None
-    guardrails: dict[str, GuardrailModel] | None = None
+    steps: Annotated[list[StepModel], Field(min_length=1, max_length=100)] = Field(
+        description="the stages, each with a higher percentage than the one before"
+    )
+    bake: Duration | None = Field(None, description="how long the last step is watched before the rollout is done")
+    guardrails: dict[str, GuardrailModel] | None = Field(
+        None,
+        description="what is watched: errors, latency, drift, hangs, srm, kpi.NAME; left out: errors, latency, drift",
+    )
 
     def rollout(self) -> Rollout:
         """As the core knows it."""
@@ -70,25 +84,35 @@ class RolloutModel(_Strict):
 class FlagModel(_Strict):
     """One flag."""
 
-    description: Text = ""
-    owner: Text = ""
-    model: Name | None = None
-    unit: Annotated[list[Unit], Field(min_length=1, max_length=16)] | None = None
-    missing_unit: Literal["stable", "random"] = "stable"
-    salt: Salt | None = None
-    enabled: Switch = True
-    allow_force: Switch = False
-    expires: Day | None = None
-    rules: Annotated[list[RuleModel], Field(max_length=MAX_RULES)] = []
-    canary: Percent | None = None
-    rollout: RolloutModel | None = None
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, json_schema_extra=one_of(("canary", "rollout"))
+    )
 
-    @model_validator(mode="after")
-    def _one_percentage(self) -> "FlagModel":
-        given = {"canary", "rollout"} & self.model_fields_set
-        if len(given) != 1:
-            raise ValueError("one_percentage")
-        return self
+    description: Text = Field("", description="what is being rolled out, for people")
+    owner: Text = Field("", description="who answers for it, for people")
+    model: Name | None = Field(None, description="the model of models.yaml that it splits; left out: the flag's key")
+    unit: Annotated[list[Unit], Field(min_length=1, max_length=16)] | None = Field(
+        None,
+        description="what is hashed: the first of these that the request carries, a header's name, `cookie:NAME` or "
+        "`random` (each request anew); left out: x-user-id, then x-session-id",
+    )
+    missing_unit: Literal["stable", "random"] = Field(
+        "stable", description="what a request without any unit gets: stable, or a random draw per request"
+    )
+    salt: Salt | None = Field(
+        None, description="draws the users: another salt, other users; left out: the flag's key. No ':' and no '#'"
+    )
+    enabled: Switch = Field(True, description="false: everybody gets stable, at once")
+    allow_force: Switch = Field(
+        False,
+        description="whether testers may choose their arm by `x-force-cohort: canary;TOKEN`",
+    )
+    expires: Day | None = Field(None, description="the day after which `perch check` asks to take the flag out")
+    rules: Annotated[list[RuleModel], Field(max_length=MAX_RULES)] = Field(
+        [], description="looked at before the percentage, in this order; the first that matches decides"
+    )
+    canary: Percent | None = Field(None, description="the percentage of users who get canary, up to three decimals")
+    rollout: RolloutModel | None = Field(None, description="a plan that the controller follows, instead of `canary`")
 
     def flag(self, key: str, segments: Mapping[str, Condition]) -> Flag:
         """As the core knows it, with the defaults that come from the key."""
@@ -113,9 +137,11 @@ class FlagModel(_Strict):
 class FlagFileModel(_Strict):
     """The whole file."""
 
-    version: Literal[1]
-    segments: dict[str, ConditionModel] = {}
-    flags: dict[str, FlagModel]
+    version: Literal[1] = Field(description="the version of this format: 1")
+    segments: dict[str, ConditionModel] = Field({}, description="conditions with a name, for rules to use")
+    flags: Annotated[dict[str, FlagModel], Field(max_length=MAX_FLAGS)] = Field(
+        description="each flag by its key: it splits the users of one model between stable and canary"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,192 +154,31 @@ class ParsedFlags:
 def parse(document: Document, models: Collection[str] | None) -> ParsedFlags:
     """The flags of a document. `models` are the names that Envoy serves; None leaves that unchecked.
 
-    Raises FlagFileError with all problems at once.
+    Raises FlagFileError with all problems at once: the document's own, the schema's, and those between keys.
     """
-    try:
-        model = FlagFileModel.model_validate(document.data)
-    except ValidationError as error:
-        raise FlagFileError(_problems(document, error)) from None
-    problems = [*_segment_problems(document, model), *_rule_name_problems(document, model)]
-    if problems:
-        raise FlagFileError(problems)
-    segments = _segments(model)
-    flags = tuple(flag.flag(key, segments) for key, flag in model.flags.items())
+    model, problems = validated(document, FlagFileModel)
     problems = [
-        *_key_problems(document, flags),
-        *_model_problems(document, flags, models),
-        *(problem for flag in flags if flag.rollout for problem in _rollout_problems(document, flag.key, flag.rollout)),
+        *document.problems,
+        *nothing_written(document),
+        *problems,
+        *cross_problems(document, keys_of(FlagModel), models),
     ]
-    if problems:
-        raise FlagFileError(problems)
-    return ParsedFlags(flags)
+    if problems or model is None:
+        raise FlagFileError(_first(without_repetition(problems)))
+    segments = _segments(model)
+    return ParsedFlags(tuple(flag.flag(key, segments) for key, flag in model.flags.items()))
 
 
-def _key_problems(document: Document, flags: tuple[Flag, ...]) -> Iterator[Problem]:
-    """A key is also the default salt and model, so it must do as both."""
-    for flag in flags:
-        try:
-            salt(flag.key)
-        except ValueError as error:
-            yield document.problem(("flags", flag.key), f"the key of a flag: {error}", of_key=True)
+def _first(problems: list[Problem]) -> list[Problem]:
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    told = sorted(problems, key=lambda problem: (problem.place.line, problem.place.column))[:MAX_PROBLEMS]
+    return [*told, Problem(told[-1].place, "", f"and {len(problems) - MAX_PROBLEMS:,} more problems after this one")]
 
 
 def _segments(model: FlagFileModel) -> dict[str, Condition]:
     """Every segment as a condition, those that name others after them. There is no circle: that was checked."""
     segments: dict[str, Condition] = {}
-
-    def resolve(name: str) -> None:
-        if name not in segments:
-            for other in segments_named(model.segments[name]):
-                resolve(other)
-            segments[name] = condition_of(model.segments[name], segments)
-
-    for name in model.segments:
-        resolve(name)
+    for name in in_order({name: segments_named(condition) for name, condition in model.segments.items()}):
+        segments[name] = condition_of(model.segments[name], segments)
     return segments
-
-
-def _segment_problems(document: Document, model: FlagFileModel) -> Iterator[Problem]:
-    """Segments that are not there, and those that name themselves, at once or by way of others."""
-    users: list[tuple[Path, ConditionModel]] = [
-        (("segments", name), condition) for name, condition in model.segments.items()
-    ]
-    for key, flag in model.flags.items():
-        users.extend((("flags", key, "rules", i, "when"), rule.when) for i, rule in enumerate(flag.rules))
-    known = True
-    for path, condition in users:
-        for name in segments_named(condition):
-            if name not in model.segments:
-                known = False
-                hint = _nearest(name, model.segments)
-                have = f"did you mean {hint}?" if hint else "define it under `segments:`"
-                yield document.problem(path, f"there is no segment {name}; {have}")
-    if known:
-        for name in model.segments:
-            if _reaches(model, name, name, set()):
-                yield document.problem(("segments", name), "this segment names itself", of_key=True)
-
-
-def _reaches(model: FlagFileModel, start: str, goal: str, seen: set[str]) -> bool:
-    for name in segments_named(model.segments[start]):
-        if name == goal:
-            return True
-        if name not in seen:
-            seen.add(name)
-            if _reaches(model, name, goal, seen):
-                return True
-    return False
-
-
-def _rule_name_problems(document: Document, model: FlagFileModel) -> Iterator[Problem]:
-    """A rule's name is its salt and its label, so two rules of a flag cannot share one."""
-    for key, flag in model.flags.items():
-        first: dict[str, int] = {}
-        for i, rule in enumerate(flag.rules):
-            if rule.name in first:
-                message = f"the rule {rule.name} stands here again; give it a name of its own"
-                yield document.problem(("flags", key, "rules", i, "name"), message)
-            first.setdefault(rule.name, i)
-
-
-def _model_problems(document: Document, flags: tuple[Flag, ...], models: Collection[str] | None) -> Iterator[Problem]:
-    owner: dict[str, str] = {}
-    for flag in flags:
-        path: Path = ("flags", flag.key, "model")
-        if models is not None and flag.model not in models:
-            hint = _nearest(flag.model, models)
-            known = f"did you mean {hint}?" if hint else f"Envoy serves {', '.join(sorted(models)) or 'none'}"
-            yield document.problem(path, f"the model {flag.model} is not in models.yaml; {known}")
-        elif flag.model in owner:
-            message = f"the model {flag.model} has the flag {owner[flag.model]} already; a model has at most one"
-            yield document.problem(path, message)
-        owner.setdefault(flag.model, flag.key)
-
-
-def _rollout_problems(document: Document, key: str, rollout: Rollout) -> Iterator[Problem]:
-    path: Path = ("flags", key, "rollout")
-    for i, (before, after) in enumerate(zip(rollout.steps, rollout.steps[1:], strict=False), start=1):
-        if after.percent <= before.percent:
-            message = f"a rollout goes up: {after.percent} does not come after {before.percent}"
-            yield document.problem((*path, "steps", i, "canary"), message)
-    for guardrail in rollout.guardrails or ():
-        kind, _, name = guardrail.name.partition(".")
-        if guardrail.name in FIXED_GUARDRAILS or (kind == "kpi" and name):
-            continue
-        message = f"unknown guardrail; known are {', '.join(FIXED_GUARDRAILS)} and kpi.NAME"
-        yield document.problem((*path, "guardrails", guardrail.name), message, of_key=True)
-
-
-def _problems(document: Document, error: ValidationError) -> Iterator[Problem]:
-    for detail in error.errors(include_url=False):
-        yield _problem(document, _path_in(document.data, detail["loc"]), detail)
-
-
-def _path_in(data: Any, loc: Path) -> Path:
-    """Pydantic's location without the steps that are names of its own and not keys of the document."""
-    path: list[str | int] = []
-    for i, step in enumerate(loc):
-        inside = step in data if isinstance(data, dict) else isinstance(step, int) and isinstance(data, list)
-        if inside:
-            path.append(step)
-            data = data[step]
-        elif i == len(loc) - 1 and isinstance(data, dict):
-            path.append(step)
-    return tuple(path)
-
-
-def _problem(document: Document, path: Path, detail: Any) -> Problem:
-    kind, context, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    match kind:
-        case "extra_forbidden":
-            return document.problem(path, _unknown_key(path), of_key=True)
-        case "missing":
-            return Problem(document.place_of(path[:-1], of_key=True), dotted(path), "this key is missing")
-        case "value_error" if str(context.get("error")) == "one_percentage":
-            both = "both" if "canary" in value and "rollout" in value else "neither"
-            message = f"write exactly one of `canary` (a percentage) and `rollout` (a plan); here are {both}"
-            return document.problem(path, message, of_key=True)
-        case "value_error":
-            return document.problem(path, str(context["error"]))
-        case "literal_error":
-            return document.problem(path, f"write {context['expected']}, not {shown(value)}")
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return document.problem(path, f"expected a mapping of keys, not {shown(value)}")
-        case "list_type":
-            return document.problem(path, f"expected a list, not {shown(value)}")
-        case "too_short":
-            return document.problem(path, "the list is empty")
-        case _:
-            return document.problem(path, str(detail["msg"]))
-
-
-def _unknown_key(path: Path) -> str:
-    model = _model_at(path[:-1])
-    known = [field.alias or name for name, field in model.model_fields.items()]
-    hint = _nearest(str(path[-1]), known)
-    return "unknown key" + (f"; did you mean {hint}?" if hint else f"; known are {', '.join(known)}")
-
-
-def _model_at(path: Path) -> type[BaseModel]:
-    match path:
-        case ():
-            return FlagFileModel
-        case ("flags", _):
-            return FlagModel
-        case ("flags", _, "rules", _):
-            return RuleModel
-        case ("flags", _, "rollout"):
-            return RolloutModel
-        case ("flags", _, "rollout", "steps", _):
-            return StepModel
-        case ("flags", _, "rollout", *_):
-            return GuardrailModel
-        case (*_, "path" | "method"):
-            return Comparison
-        case _:
-            return ConditionModel
-
-
-def _nearest(word: str, known: Collection[str]) -> str | None:
-    close = difflib.get_close_matches(word, known, n=1)
-    return close[0] if close else None
