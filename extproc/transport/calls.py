@@ -39,7 +39,7 @@ class Calls:
 
     def begin(self, stream: Stream) -> None:
         """A new request; gRPC calls nobody serves are answered at once, other requests when they are complete."""
-        if stream.head.call is Call.UNKNOWN_METHOD:
+        if stream.call is Call.UNKNOWN_METHOD:
             self._sender.finish(stream, messages.UNKNOWN_METHOD)
 
     def process(self, stream: Stream, message: bytes) -> None:
@@ -56,7 +56,7 @@ class Calls:
 
     def body(self, stream: Stream, data: bytes) -> None:
         """A piece of a request body, of any length, in any call."""
-        if stream.head.call in (Call.NOT_GRPC, Call.NOT_POST) or stream.end_block is not None:
+        if stream.call in (Call.NOT_GRPC, Call.NOT_POST) or stream.end_block is not None:
             return
         if stream.partial is None:
             stream.partial = bytearray()
@@ -81,17 +81,18 @@ class Calls:
         """The request is complete."""
         if stream.end_block is not None:
             return
+        if stream.call is Call.PROCESS and stream.partial is None:
+            self._sender.finish_ok(stream)
+            return
         cut_short = bool(stream.partial)
         self._streams.drop_partial(stream)
-        match stream.head.call:
+        match stream.call:
             case Call.NOT_GRPC:
                 self._sender.http_answer(stream, 415)
             case Call.NOT_POST:
                 self._sender.http_answer(stream, 405)
             case _ if cut_short:
                 self._sender.finish(stream, messages.CUT_SHORT)
-            case Call.PROCESS:
-                self._sender.finish(stream, messages.OK_TRAILERS)
             case Call.CHECK | Call.WATCH if stream.messages != 1:
                 self._sender.finish(stream, messages.NOT_ONE_MESSAGE)
             case Call.CHECK:
@@ -128,7 +129,7 @@ class Calls:
             self._sender.finish(stream, messages.TOO_MUCH)
 
     def _message(self, stream: Stream, message: bytes) -> None:
-        if stream.head.call is Call.PROCESS:
+        if stream.call is Call.PROCESS:
             self.process(stream, message)
             return
         stream.messages += 1
@@ -138,7 +139,7 @@ class Calls:
             self._sender.finish(stream, messages.BAD_REQUEST)
         elif stream.messages > 1:
             self._sender.finish(stream, messages.NOT_ONE_MESSAGE)
-        elif stream.head.call is Call.WATCH:
+        elif stream.call is Call.WATCH:
             self._watch(stream, known=service in messages.HEALTH_SERVICES)
         elif service in messages.HEALTH_SERVICES:
             stream.status = Serving.SERVING if self._serving() else Serving.NOT_SERVING

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from extproc.transport.limits import Limits
 
 _PROCESS: Final = Call.PROCESS
+_HEADERS_OPTIONS: Final = END_HEADERS | PADDED | frames.PRIORITIZED
 _STREAM_CREDIT: Final = frames.DEFAULT_WINDOW
 _STREAM_CREDIT_LOW: Final = _STREAM_CREDIT // 2
 
@@ -149,7 +150,7 @@ class Connection:
 
     # Frames.
 
-    def _frames(self, data: bytes) -> bytes:
+    def _frames(self, data: bytes) -> bytes:  # noqa: C901  the hot loop: one dispatch for all frames
         """Carries out every complete frame; returns the rest."""
         end = len(data)
         place = 0
@@ -173,7 +174,10 @@ class Connection:
                 elif kind == DATA:
                     self._data(data, begin, place, flags, stream_id)
                 elif kind == HEADERS:
-                    self._headers(data[begin:place], flags, stream_id)
+                    if flags & _HEADERS_OPTIONS == END_HEADERS and stream_id:
+                        self._head(data[begin:place], flags, stream_id)
+                    else:
+                        self._headers(data[begin:place], flags, stream_id)
                 else:
                     self._other(kind, flags, stream_id, data[begin:place])
             except Http2StreamError as error:
@@ -210,11 +214,11 @@ class Connection:
             begin, stop = _unpadded(data, begin, stop)
             size = stop - begin
         stream.received += size
-        if stream.received > stream.head.content_length >= 0:
+        if stream.received > stream.content_length >= 0:
             raise Http2StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "more data than content-length")
         message = begin + PREFIX_BYTES
         if (
-            stream.head.call is _PROCESS
+            stream.call is _PROCESS
             and stream.partial is None
             and stream.end_block is None
             and size >= PREFIX_BYTES
@@ -251,7 +255,7 @@ class Connection:
 
     def _client_done(self, stream: Stream) -> None:
         stream.client_done = True
-        if stream.head.content_length not in (-1, stream.received):
+        if stream.content_length not in (-1, stream.received):
             raise Http2StreamError(stream.id, ErrorCode.PROTOCOL_ERROR, "less data than content-length")
         self._calls.client_done(stream)
 
@@ -272,7 +276,7 @@ class Connection:
                 begin += 5
             payload = payload[begin:stop]
         if flags & END_HEADERS:
-            self._head(payload, flags, stream_id, self_dependent=self_dependent)
+            self._head(payload, flags, stream_id, self_dependent)
         else:
             self._block = _Block(stream_id, flags, payload, self_dependent=self_dependent)
 
@@ -287,9 +291,9 @@ class Connection:
             raise Http2ConnectionError(ErrorCode.ENHANCE_YOUR_CALM, "header block too long")
         if flags & END_HEADERS:
             self._block = None
-            self._head(bytes(block.fragments), block.flags, stream_id, self_dependent=block.self_dependent)
+            self._head(bytes(block.fragments), block.flags, stream_id, block.self_dependent)
 
-    def _head(self, block: bytes, flags: int, stream_id: int, *, self_dependent: bool) -> None:
+    def _head(self, block: bytes, flags: int, stream_id: int, self_dependent: bool = False) -> None:  # noqa: FBT001, FBT002  hot
         """A complete header block: of a new request, or trailers of one that is open."""
         if not (stream_id > self._streams.last_id and stream_id & 1):
             self._trailers(block, flags, stream_id)

@@ -22,6 +22,10 @@ _HEADERS_OF_REPLY: Final = (
 )  # fmt: skip
 _FIRST_REPLY: Final = Struct(f">5sI{len(messages.REPLY_BLOCK)}sBHHIBI")
 """HEADERS frame (length type flags, stream, block), head of the DATA frame (the same), message prefix."""
+_HEAD_OF_END: Final = (
+    len(messages.OK_TRAILERS).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS | frames.END_STREAM))
+)  # fmt: skip
+_END: Final = Struct(f">5sI{len(messages.OK_TRAILERS)}s")
 _NEXT_REPLY: Final = Struct(">BHHIBI")
 """DATA frame head and message prefix."""
 
@@ -68,6 +72,14 @@ class Sender:
             )  # fmt: skip
         self._parts += (head, payload)
 
+    def finish_ok(self, stream: Stream) -> None:
+        """The end of a complete request that was answered: what `finish` does with OK_TRAILERS, in the common case."""
+        if stream.answered and stream.queue is None:
+            self._parts.append(_END.pack(_HEAD_OF_END, stream.id, messages.OK_TRAILERS))
+            self._streams.close(stream.id, Life.ENDED)
+        else:
+            self.finish(stream, messages.OK_TRAILERS)
+
     def finish(self, stream: Stream, trailers: bytes) -> None:
         """The end of a gRPC answer, behind whatever is still queued."""
         stream.end_block = trailers if stream.answered else messages.REPLY_BLOCK + trailers
@@ -79,7 +91,7 @@ class Sender:
         """A whole answer to a request that is not gRPC."""
         block = messages.http_block(status)
         stream.answered = True
-        if stream.head.without_body:
+        if stream.without_body:
             stream.end_block = block
             self._end(stream)
             return

@@ -18,10 +18,11 @@ class Stream:
 
     __slots__ = (
         "answered",
+        "call",
         "client_done",
+        "content_length",
         "credit",
         "end_block",
-        "head",
         "id",
         "messages",
         "partial",
@@ -29,11 +30,14 @@ class Stream:
         "received",
         "status",
         "window",
+        "without_body",
     )
 
     def __init__(self, stream_id: int, head: Head, window: int, credit: int) -> None:
         self.id = stream_id
-        self.head = head
+        self.call = head.call
+        self.content_length = head.content_length
+        self.without_body = head.without_body
         self.window = window
         """Bytes we may send; negative after the peer lowered its initial window."""
         self.credit = credit
