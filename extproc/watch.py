@@ -6,8 +6,7 @@ there. The look each second covers network file systems, folders made again, and
 
 import asyncio
 import contextlib
-import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
 from watchfiles import awatch
@@ -37,12 +36,18 @@ async def changes(paths: Sequence[Path]) -> AsyncIterator[None]:
         if not folders:
             await asyncio.sleep(LOOK_EVERY_S)
             continue
-        async for _ in _events(paths, folders):
-            yield None
-            if {folder: signature_of_folder(folder) for folder in before} != before:
-                break  # a folder was deleted or made again: watch what stands there now
-            if any(path.parent not in folders and path.parent.is_dir() for path in paths):
-                break
+        try:
+            async with contextlib.aclosing(_events(paths, folders)) as events:
+                async for _ in events:
+                    yield None
+                    if {folder: signature_of_folder(folder) for folder in before} != before:
+                        break  # a folder was deleted or made again: watch what stands there now
+                    if any(path.parent not in folders and path.parent.is_dir() for path in paths):
+                        break
+        except (OSError, RuntimeError):
+            # A folder went away before it could be watched, or the kernel has no watch left (watchfiles has both
+            # kinds of error): then there is the look each second alone.
+            await asyncio.sleep(LOOK_EVERY_S)
 
 
 def signature_of_folder(folder: Path) -> tuple[int, int] | None:
@@ -54,7 +59,7 @@ def signature_of_folder(folder: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-async def _events(paths: Sequence[Path], folders: set[Path]) -> AsyncIterator[None]:
+async def _events(paths: Sequence[Path], folders: set[Path]) -> AsyncGenerator[None, None]:
     """An event of the kernel in one of the folders, or a file found changed at the look each second."""
     seen = {path: signature(path) for path in paths}
     last_look = asyncio.get_running_loop().time()
@@ -77,8 +82,3 @@ async def _events(paths: Sequence[Path], folders: set[Path]) -> AsyncIterator[No
                 last_look = asyncio.get_running_loop().time()
                 yield None
             seen = now
-
-
-def is_readable(path: Path) -> bool:
-    """Whether the file can be opened for reading by this process."""
-    return os.access(path, os.R_OK)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from extproc.core.decision import Decision, Request, decide
+from extproc.core.decision import Decision, decide
 from extproc.core.flags import Exposure, Exposures, Flag, MissingUnit, SourceKind, UnitSource
+from extproc.core.request import Request
 from extproc.core.ruleset import Ruleset, compile_ruleset
 
 MODELS = {"digits": "/v2/models/digits/", "wine": "/v2/models/wine/"}
