@@ -2,8 +2,9 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from ipaddress import ip_address
+from typing import Any
 
 from extproc.address import TcpAddress, parse_address
 from extproc.answering import MakeTransport
@@ -14,7 +15,6 @@ from extproc.flagfile import Parts
 from extproc.metrics import Dialect, Metrics
 from extproc.modelsfile import Model
 from extproc.settings import Settings
-from extproc.transport.grpcio import GrpcioTransport
 
 NO_FLAGS = b"version: 1\nflags: {}\n"
 """What is served before there has ever been a good flag file: everybody stable."""
@@ -63,8 +63,28 @@ def make_metrics(settings: Settings) -> Metrics:
 
 
 def make_transport(settings: Settings) -> MakeTransport:
-    """The ext_proc transport that the settings name."""
-    return {"grpcio": GrpcioTransport}[settings.transport]
+    """The ext_proc transport that the settings name. The other one's libraries are not loaded."""
+    if settings.transport == "grpcio":
+        from extproc.transport.grpcio import GrpcioTransport  # noqa: PLC0415
+
+        return GrpcioTransport
+    from extproc.transport.fastlane import FastLane  # noqa: PLC0415
+
+    return FastLane
+
+
+def run_on_loop(settings: Settings, role: Coroutine[Any, Any, None]) -> None:
+    """Runs a role to its end: on uvloop for the fast transport, where the platform has it."""
+    with asyncio.Runner(loop_factory=_uvloop() if settings.transport == "fast" else None) as runner:
+        runner.run(role)
+
+
+def _uvloop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415  not on every platform
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 def compile_with(

@@ -24,7 +24,7 @@ from extproc.core.flags import Exposures, Flag
 from extproc.core.ruleset import headers_of
 from extproc.core.schema import parse
 from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable
-from extproc.envoyfile import forwarded_headers, render, write
+from extproc.envoyfile import EnvoyFileError, forwarded_headers, render, render_filter, write
 from extproc.events import Events, start_log
 from extproc.flagcompiler import Compiler
 from extproc.flagfile import FlagFile, Paths, Published, read_exposures
@@ -121,16 +121,35 @@ class Control:
         """A ruleset that serve serves too: its flags get their gates, Envoy the headers that it reads."""
         flags = [flag for flag, _ in received.flags]
         self.controller.take_flags(flags, received.published.ruleset.version)
-        self.render_envoy(flags)
+        self.forward_headers(flags)
 
-    def render_envoy(self, flags: list[Flag]) -> None:
-        """Keeps Envoy's files current, where this process is the one to do it."""
+    def render_envoy(self) -> None:
+        """Writes Envoy's files at the start, where this process is the one to do it.
+
+        Two of them may say more than models and settings do, and stay if they are there: the kill switch that an
+        operator threw, and the headers that the flags read.
+        """
+        folder = self.settings.xds
+        if folder is None:
+            return
+        files = render(self.models, envoy_settings(self.settings))
+        kept = {name for name in ("rtds.yaml", "ecds.yaml") if (folder / name).exists()}
+        changed = write(folder, {name: text for name, text in files.items() if name not in kept})
+        if changed:
+            self.tell("envoy_files", f"{', '.join(changed)} written to {folder}")
+
+    def forward_headers(self, flags: list[Flag]) -> None:
+        """Has Envoy forward the headers that the flags read, and no others."""
         if self.settings.xds is None:
             return
         names = forwarded_headers(name for flag in flags for name in headers_of(flag))
-        changed = write(self.settings.xds, render(self.models, envoy_settings(self.settings), names))
+        try:
+            changed = write(self.settings.xds, {"ecds.yaml": render_filter(names)})
+        except EnvoyFileError as error:
+            self.tell("envoy_files_not_written", str(error), True)
+            return
         if changed:
-            self.tell("envoy_files", f"{', '.join(changed)} written; forwarded headers: {', '.join(names)}")
+            self.tell("headers_forwarded", f"Envoy shows perch these headers from now on: {', '.join(names)}")
 
     async def look(self) -> None:
         """Asks Envoy, ticks the controller, again and again."""
@@ -224,7 +243,7 @@ async def control(settings: Settings) -> None:
     metrics, compiler, admin = make_metrics(settings), Compiler(), EnvoyAdmin(settings.envoy_admin)
     try:
         role = Control(settings, models, metrics, Events("control", settings.events), compiler, admin)
-        role.render_envoy([])
+        role.render_envoy()
         async with listening(role):
             await until_stopped(role.flag_file.follow, role.look, role.hear, metrics.run)
     finally:

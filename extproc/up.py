@@ -276,7 +276,7 @@ async def _relay(events: socket.socket, say: Say) -> None:
             )
 
 
-_NOT_SAID = {"listening", "exposure_followed", "envoy_files"}
+_NOT_SAID = {"listening", "exposure_followed", "envoy_files", "headers_forwarded"}
 _WHOLE = {"canary_warm", "canary_cold", "canary_lost"}
 
 
