@@ -8,6 +8,7 @@ the reader's loop does not stall on any of them, and it ends when its parent doe
 import asyncio
 import contextlib
 import gc
+import os
 import pickle
 import signal
 import struct
@@ -20,8 +21,11 @@ from extproc.core.document import FlagFileError, Place, Problem
 from extproc.core.flags import Exposure, Exposures, Flag
 from extproc.core.ruleset import Choice, Draft, choices_of, ruleset_version
 
-FLAGS_PER_PART = 32
-"""Unpickling and compiling this many takes about a millisecond."""
+FLAGS_PER_PART = 16
+"""Unpickling and compiling this many takes well under a millisecond."""
+
+NICE = 5
+"""Steps of priority below the processes that answer: where processors are short, requests come first."""
 
 DEADLINE_S = 60.0
 """Nothing legible takes this long; a parser that does is stopped."""
@@ -204,6 +208,7 @@ def main() -> None:
     import extproc.flagyaml  # noqa: PLC0415
     import extproc.wire.replies  # noqa: F401, PLC0415
 
+    os.nice(NICE)
     gc.freeze()
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # a stray print must not end up between the answers
     with contextlib.suppress(BrokenPipeError):
