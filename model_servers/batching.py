@@ -153,10 +153,11 @@ class Batcher:
     def _due(self) -> bool:
         if not self._arriving:
             return True
-        oldest = next(iter(self._queue))
-        # With somebody on the way, the marks' own timers call _leave_soon again after max_wait_s at the latest.
-        waited_s = self._loop.time() - oldest.queued_s
-        return waited_s >= self._limits.max_wait_s or sum(w.rows for w in self._queue) >= self._limits.max_rows
+        left_s = next(iter(self._queue)).queued_s + self._limits.max_wait_s - self._loop.time()
+        if left_s <= 0 or sum(waiting.rows for waiting in self._queue) >= self._limits.max_rows:
+            return True
+        self._loop.call_later(left_s, self._leave_soon)
+        return False
 
     def _take(self) -> list[Waiting]:
         """The oldest request and those that may share its call, off the queue; those that are too late get told."""

@@ -2,7 +2,8 @@
 
 Pure: no files, sockets or clock. Whatever a client sends either becomes an array of exactly the declared datatype and
 shape or raises `Refused` with a sentence that names the tensor. Nothing is converted silently: text is not a number,
-null is not NaN, 1.5 is not an integer, and 300 does not fit into UINT8.
+null is not NaN, 1.5 is not an integer, and 300 does not fit into UINT8. (One exception: `true` among numbers counts as
+1, as in numpy; looking at each value's type would cost every request.)
 """
 
 import math

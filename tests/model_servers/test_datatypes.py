@@ -1,0 +1,201 @@
+"""Every datatype, in JSON and as raw bytes, through a model that gives back what it gets."""
+
+import contextlib
+import json
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_servers import jsontext, protocol
+from model_servers.errors import Refused
+from model_servers.manifest import Manifest
+from model_servers.protocol import read_inference
+from model_servers.tensors import DATATYPES, TensorSpec
+
+ECHO = """
+def load(directory):
+    return lambda inputs: {"out_" + name: array for name, array in inputs.items()}
+"""
+
+# Edge values of each datatype, as JSON.
+VALUES = {
+    "BOOL": [True, False],
+    "UINT8": [0, 255],
+    "UINT16": [0, 65535],
+    "UINT32": [0, 2**32 - 1],
+    "UINT64": [2**64 - 1, 1],
+    "INT8": [-128, 127],
+    "INT16": [-32768, 32767],
+    "INT32": [-(2**31), 2**31 - 1],
+    "INT64": [-(2**63), 2**63 - 1],
+    "FP16": [-65504.0, 0.5],
+    "FP32": [-3.4028234663852886e38, 0.1],
+    "FP64": [-1.7976931348623157e308, 0.1],
+    "BYTES": ["", "gr\u00fc\u00df , \u2713\n"],
+}
+REFUSED = {
+    "BOOL": [1, "true", 0.0],
+    "UINT8": [256, -1, 1.0, "1", None],
+    "UINT16": [65536, -1],
+    "UINT32": [2**32, -1],
+    "UINT64": [2**64, -1, 1.5, "1"],
+    "INT8": [128, -129, 2**64],
+    "INT16": [32768],
+    "INT32": [2**31, 1.5],
+    "INT64": [2**63, 2**64, 10**30, 0.5],
+    "FP16": [65520.0, "x"],
+    "FP32": [3.5e38, 10**39, None],
+    "FP64": [None, "1.0"],
+    "BYTES": [1, None, ["a"], {}],
+}
+
+
+@pytest.fixture(scope="module")
+def echo_server(start_server, python_model, tmp_path_factory):
+    inputs = [(name.lower(), name, [-1, 2]) for name in DATATYPES]
+    outputs = [("out_" + name.lower(), name, [-1, 2]) for name in DATATYPES]
+    return start_server(python_model(tmp_path_factory.mktemp("echo"), ECHO, inputs, outputs, prediction="out_bytes"))
+
+
+def _document(**changed):
+    return {
+        "inputs": [
+            {"name": name.lower(), "shape": [1, 2], "datatype": name, "data": changed.get(name, values)}
+            for name, values in VALUES.items()
+        ]
+    }
+
+
+def test_every_datatype_comes_back_as_sent_in_json(echo_server):
+    reply = echo_server.infer(_document(), "own")
+    assert reply.status == 200, reply.body
+    for output in reply.json["outputs"]:
+        dtype = DATATYPES[output["datatype"]]
+        sent = VALUES[output["datatype"]]
+        if dtype.kind == "f":
+            np.testing.assert_array_equal(np.array(output["data"], dtype), np.array(sent, dtype))
+        else:
+            assert output["data"] == sent
+    assert reply.headers["x-model-prediction"] == ",gr%C3%BC%C3%9F%20%2C%20%E2%9C%93%0A"
+
+
+def _raw(name, values):
+    if name == "BYTES":
+        return b"".join(struct.pack("<I", len(value.encode())) + value.encode() for value in values)
+    return np.array(values, DATATYPES[name].newbyteorder("<")).tobytes()
+
+
+def test_every_datatype_comes_back_as_sent_in_raw_bytes(echo_server):
+    blobs = {name: _raw(name, values) for name, values in VALUES.items()}
+    inputs = [
+        {"name": name.lower(), "shape": [1, 2], "datatype": name, "parameters": {"binary_data_size": len(blob)}}
+        for name, blob in blobs.items()
+    ]
+    text = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text)), "Content-Type": "application/octet-stream"}
+    reply = echo_server.request("POST", "/v2/models/own/infer", text + b"".join(blobs.values()), headers)
+    assert reply.status == 200, reply.body
+    size = int(reply.headers["inference-header-content-length"])
+    assert [o["parameters"]["binary_data_size"] for o in json.loads(reply.body[:size])["outputs"]] == [
+        len(blob) for blob in blobs.values()
+    ]
+    assert reply.body[size:] == b"".join(blobs.values())
+
+
+@pytest.mark.parametrize(("datatype", "value"), [(name, value) for name, values in REFUSED.items() for value in values])
+def test_a_value_the_datatype_cannot_hold_is_a_400(echo_server, datatype, value):
+    reply = echo_server.infer(_document(**{datatype: [value, VALUES[datatype][1]]}), "own")
+    assert reply.status == 400, reply.body
+    assert datatype.lower() in reply.json["error"]
+
+
+RAW_MISTAKES = {
+    "a boolean of 2": ("BOOL", b"\x01\x02", "0 or 1"),
+    "an element longer than the data": ("BYTES", b"\xff\xff\xff\xff" + b"x" * 8, "longer than the data"),
+    "an element without a length": ("BYTES", b"\x04\0\0\0abcd" + b"x", "no length"),
+    "bytes behind the last element": ("BYTES", b"\0\0\0\0\0\0\0\0xyz", "3 bytes follow the last BYTES element"),
+    "too few bytes for the lengths": ("BYTES", b"\0\0\0\0", "cannot hold 2 BYTES elements"),
+}
+
+
+@pytest.mark.parametrize("mistake", RAW_MISTAKES)
+def test_raw_garbage_is_a_400(echo_server, mistake):
+    datatype, blob, sentence = RAW_MISTAKES[mistake]
+    document = _document()
+    for tensor in document["inputs"]:
+        if tensor["datatype"] == datatype:
+            del tensor["data"]
+            tensor["parameters"] = {"binary_data_size": len(blob)}
+    text = json.dumps(document).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text)), "Content-Type": "application/json"}
+    reply = echo_server.request("POST", "/v2/models/own/infer", text + blob, headers)
+    assert reply.status == 400, reply.body
+    assert sentence in reply.json["error"]
+
+
+def test_inputs_with_different_rows_are_refused(echo_server):
+    document = _document()
+    document["inputs"][0] |= {"shape": [2, 2], "data": [True] * 4}
+    reply = echo_server.infer(document, "own")
+    assert reply.status == 400
+    assert "different numbers of rows" in reply.json["error"]
+
+
+MATRIX = Manifest("m", "1", "none", (TensorSpec("x", "FP32", (-1, 3)),), (TensorSpec("y", "FP32", (-1,)),), "y")
+ODD = st.one_of(st.floats(), st.integers(-(2**70), 2**70), st.booleans(), st.none(), st.text(max_size=2))
+TENSORS = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["x", "x", "x", "z", 1]),
+        "datatype": st.sampled_from(["FP32", "FP32", "FP32", "FP64", None]),
+        "shape": st.sampled_from([[1, 3], [2, 3], [0, 3], [1, 2], [3], [True, 3], [1.0, 3], None]),
+        "data": st.one_of(
+            st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3),
+            st.lists(st.integers(-9, 9), min_size=6, max_size=6),
+            st.lists(ODD, max_size=7),
+            st.lists(st.lists(ODD, min_size=3, max_size=3), max_size=2),
+        ),
+    },
+    optional={"parameters": st.sampled_from([None, {}, {"a": 1}, 3])},
+)
+
+
+@given(st.lists(TENSORS, min_size=1, max_size=2), st.sampled_from([{}, {"id": "a"}, {"outputs": []}]))
+def test_the_short_way_reads_exactly_what_the_long_way_reads(tensors, rest):
+    try:
+        body = jsontext.standard_write({"inputs": tensors, **rest})
+    except ValueError:  # NaN or infinity, which no JSON can carry
+        return
+    short = protocol._short_way(json.loads(body), MATRIX)
+    long = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_short_way", lambda *_: None)
+        try:
+            long = read_inference(body, None, MATRIX)
+        except Refused:
+            assert short is None
+    if short is not None and long is not None:
+        assert short.inputs["x"].dtype == long.inputs["x"].dtype
+        np.testing.assert_array_equal(short.inputs["x"], long.inputs["x"])
+        assert short[1:] == long[1:]
+
+
+@given(st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)))
+def test_no_document_raises_anything_but_refused(document):
+    try:
+        body = json.dumps({"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": document}]}).encode()
+    except ValueError:
+        return
+    for read in (jsontext.standard_read, jsontext.read):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jsontext, "read", read)
+            with contextlib.suppress(Refused):
+                read_inference(body, None, MATRIX)
+
+
+@given(st.binary(max_size=200), st.one_of(st.none(), st.integers(0, 250)))
+def test_no_bytes_raise_anything_but_refused(body, json_bytes):
+    with pytest.raises(Refused):
+        read_inference(body, json_bytes, MATRIX)
