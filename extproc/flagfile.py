@@ -8,8 +8,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from extproc.core.document import Place, Problem
 from extproc.core.exposure import ExposureError, parse_exposures, plain_exposures
@@ -23,6 +24,9 @@ SETTLE_S = 0.02
 
 SETTLE_UNENDED_S = 0.5
 """The same for a file whose last line has no end, as a half-written one mostly has not."""
+
+SETTLE_AT_MOST_S = 1.5
+"""A file that never stops changing is given up for this look, so that the exposures are followed meanwhile."""
 
 MAX_EXPOSURE_BYTES = 64 * 1024 * 1024
 
@@ -73,7 +77,10 @@ class Verdict:
 
 def read_exposures(path: Path) -> Exposures | None:
     """The controller's file; None if there is none. Raises ExposureError when it cannot be followed."""
-    content = read_or_none(path, MAX_EXPOSURE_BYTES)
+    try:
+        content = read_or_none(path, MAX_EXPOSURE_BYTES)
+    except OSError as error:
+        raise ExposureError(f"cannot be read: {error.strerror}") from None
     if content is None:
         return None
     try:
@@ -86,9 +93,23 @@ def _refuse_constant(name: str) -> Any:
     raise ExposureError(f"{name} is not a number that can be followed")
 
 
-async def read_settled(path: Path) -> bytes | None:
-    """The file once it has stopped changing; None if there is none. A file of more than MAX_BYTES is cut there."""
-    while True:
+class Unsettled(Enum):
+    """A file that would not stop changing."""
+
+    RESTLESS = "restless"
+
+
+RESTLESS: Final = Unsettled.RESTLESS
+
+
+async def read_settled(path: Path) -> bytes | Unsettled | None:
+    """The file once it has stopped changing; None if there is none. A file of more than MAX_BYTES is cut there.
+
+    RESTLESS if it still changes after SETTLE_AT_MOST_S. Raises OSError where it cannot be read.
+    """
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + SETTLE_AT_MOST_S
+    while clock() < end_s:
         before = signature(path)
         content = read_or_none(path, MAX_BYTES)
         if content is None:
@@ -96,6 +117,7 @@ async def read_settled(path: Path) -> bytes | None:
         await asyncio.sleep(SETTLE_S if content.endswith((b"\n", b"}")) else SETTLE_UNENDED_S)
         if signature(path) == before and read_or_none(path, MAX_BYTES) == content:
             return content
+    return RESTLESS
 
 
 @dataclass(slots=True)
@@ -116,7 +138,8 @@ class FlagFile:
     keep: bool = True
     published: Published | None = None
     problems: tuple[Problem, ...] = ()
-    _refused: tuple[bytes | None, Exposures] | None = field(default=None, init=False)
+    _refused: bytes | None = field(default=None, init=False)
+    _unserved: str = field(default="", init=False)
     _exposures: Exposures | None = field(default=None, init=False)
     _exposure_problem: str = field(default="", init=False)
 
@@ -126,19 +149,39 @@ class FlagFile:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Reads both files and publishes them if they differ from what is served."""
+        """Reads both files and publishes them if they differ from what is served.
+
+        The exposures first, with the flag file that is served: a rollback waits for no flag file, however broken.
+        """
+        exposures = self._read_exposures()
+        published = self.published
+        if published is not None and published.exposures != exposures:
+            self._not_served(self.paths.exposure, await self._serve(published.content, exposures))
+        content, problems = await self._read_flags()
+        if content is not None and self.published is not None and content == self.published.content:
+            if self.problems:
+                self._repaired()
+            return
+        if content is not None and content == self._refused:
+            problems = self.problems
+        elif content is not None:
+            problems = await self._serve(content, exposures)
+        if problems:
+            self._refuse(content, problems)
+            if self.published is None:
+                await self._fall_back(exposures)
+
+    async def _read_flags(self) -> tuple[bytes | None, tuple[Problem, ...]]:
+        """The flag file's content, or why there is none that could be tried."""
         try:
             content = await read_settled(self.paths.flags)
-            exposures = self._read_exposures()
         except OSError as error:
-            await self._refuse(None, Exposures(), _problem(f"cannot be read: {error.strerror}; check its permissions"))
-            return
+            return None, _problem(f"cannot be read: {error.strerror}; check its permissions")
         if content is None:
-            await self._refuse(None, exposures, _problem("there is no such file; the last good one stays"))
-        elif self.published is None or (content, exposures) != (self.published.content, self.published.exposures):
-            await self._try(content, exposures)
-        elif self.problems:
-            self._repaired()
+            return None, _problem("there is no such file; the last good one stays")
+        if content is RESTLESS:
+            return None, _problem("the file never stops changing; the last good one stays until it does")
+        return content, ()
 
     def _repaired(self) -> None:
         """The file is again the one that is served, after it was missing or wrong."""
@@ -146,72 +189,72 @@ class FlagFile:
         self.tell("flags_restored", f"{self.paths.flags} is again what is served")
 
     def _read_exposures(self) -> Exposures:
-        """The exposures; the last good ones while the file is unreadable; with none ever, nobody is let through."""
+        """The exposures; the last good ones while the file is missing or unreadable.
+
+        With no good ones yet, a file that is missing closes no gate, and one that is unreadable closes them all.
+        """
         try:
             exposures = read_exposures(self.paths.exposure)
-            self._exposure_problem = ""
         except ExposureError as error:
             if str(error) != self._exposure_problem:
                 self.tell("exposure_unreadable", f"{self.paths.exposure}: {error}; the last good one stays")
             self._exposure_problem = str(error)
-            exposures = self._exposures if self._exposures is not None else Exposures(closed=True)
-        else:
-            exposures = exposures if exposures is not None else self._exposures or Exposures()
+            return self._exposures if self._exposures is not None else Exposures(closed=True)
+        self._exposure_problem = ""
+        if exposures is None:
+            return self._exposures if self._exposures is not None else Exposures()
         self._exposures = exposures
         return exposures
 
-    async def _try(self, content: bytes, exposures: Exposures) -> None:
-        """Publishes a file that has not been refused before."""
-        if self._refused == (content, exposures):
-            return
+    async def _serve(self, content: bytes, exposures: Exposures) -> tuple[Problem, ...]:
+        """Has both compiled and published. What is wrong, if they are not served now."""
         if len(content) > MAX_BYTES:
-            await self._refuse(content, exposures, _problem(f"larger than the {MAX_BYTES:,} bytes that are read"))
-            return
+            return _problem(f"larger than the {MAX_BYTES:,} bytes that are read")
         verdict = await self.publish(self.compile(content, exposures))
         if verdict.problems:
-            await self._refuse(content, exposures, verdict.problems)
-            return
-        self.problems, self._refused = (), None
-        await self._now_served(Published(verdict.version, content, exposures, verdict.flags))
-
-    async def _now_served(self, published: Published) -> None:
-        before, self.published = self.published, published
-        if before is None or before.content != published.content:
-            self.count(True)
-            flags = "1 flag" if published.flags == 1 else f"{published.flags} flags"
-            self.tell("flags_reloaded" if before else "flags_loaded", f"{flags}, version {published.version}")
+            return verdict.problems
+        before, self.published = self.published, Published(verdict.version, content, exposures, verdict.flags)
+        self._unserved = ""
+        if before is not None and before.content == content:
+            self.tell("exposure_followed", f"version {verdict.version}")
         else:
-            self.tell("exposure_followed", f"version {published.version}")
+            self.problems, self._refused = (), None
+            self.count(True)
+            flags = "1 flag" if verdict.flags == 1 else f"{verdict.flags} flags"
+            self.tell("flags_reloaded" if before else "flags_loaded", f"{flags}, version {verdict.version}")
         if self.keep:
-            await asyncio.to_thread(keep_state, self.paths, published, self.tell)
+            await asyncio.to_thread(keep_state, self.paths, self.published, self.tell)
+        return ()
 
-    async def _refuse(self, content: bytes | None, exposures: Exposures, problems: tuple[Problem, ...]) -> None:
-        """Says once what is wrong, and sees to it that the exposures are followed all the same."""
-        if self._refused is None or self._refused[0] != content or self.problems != problems:
+    def _refuse(self, content: bytes | None, problems: tuple[Problem, ...]) -> None:
+        """Says once what is wrong with the flag file."""
+        if self._refused != content or self.problems != problems:
             self.count(False)
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             self.tell("flags_rejected", f"{self.paths.flags}:{problems[0]}{more}")
-        self.problems, self._refused = problems, (content, exposures)
-        if self.published is None:
-            await self._fall_back(exposures)
-        elif self.published.exposures != exposures and content != self.published.content:
-            await self._republish(self.published.content, exposures)
+        self.problems, self._refused = problems, content
 
     async def _fall_back(self, exposures: Exposures) -> None:
-        """At the start, with a bad flag file: the last good one of an earlier run."""
-        content = read_or_none(self.paths.last_good, MAX_BYTES)
-        if content is not None and await self._republish(content, exposures):
+        """At the start, with a bad flag file: the last good one of an earlier run. Tried again at each look."""
+        problems, refused = self.problems, self._refused
+        try:
+            content = read_or_none(self.paths.last_good, MAX_BYTES)
+        except OSError as error:
+            self._not_served(self.paths.last_good, _problem(f"cannot be read: {error.strerror}"))
+            return
+        if content is None:
+            return
+        found = await self._serve(content, exposures)
+        self.problems, self._refused = problems, refused  # it is the flag file that they are about
+        self._not_served(self.paths.last_good, found)
+        if not found:
             self.tell("last_good", f"serving {self.paths.last_good} until the flag file is good")
 
-    async def _republish(self, content: bytes, exposures: Exposures) -> bool:
-        verdict = await self.publish(self.compile(content, exposures))
-        if verdict.problems:
-            self.tell("last_good_rejected", f"{self.paths.last_good}:{verdict.problems[0]}")
-            return False
-        self.published = Published(verdict.version, content, exposures, verdict.flags)
-        if self.keep:
-            await asyncio.to_thread(keep_state, self.paths, self.published, self.tell)
-        return True
+    def _not_served(self, path: Path, problems: tuple[Problem, ...]) -> None:
+        """Says once that a file which was good before could not be served."""
+        if problems and self._unserved != str(problems[0]):
+            self._unserved = str(problems[0])
+            self.tell("not_served", f"{path}:{problems[0]}; what is served stays")
 
 
 def _problem(message: str) -> tuple[Problem, ...]:
@@ -222,7 +265,7 @@ def keep_state(paths: Paths, published: Published, tell: Callable[[str, str], No
     """Writes the last good file and what was served under this version. A full disk is told, and stops nothing."""
     digest, _, _ = published.version.partition(".")
     text = paths.rulesets / f"{digest}.yaml"
-    record = {"version": published.version, "flags": text.name, **plain_exposures(published.exposures, "serve")}
+    record = {"version": published.version, "flag_file": text.name, **plain_exposures(published.exposures, "serve")}
     try:
         if not text.exists():
             write_atomically(text, published.content)
