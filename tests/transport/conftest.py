@@ -48,9 +48,19 @@ static_resources:
           - name: envoy.filters.http.ext_proc
             typed_config:
               "@type": type.googleapis.com/envoy.extensions.filters.http.ext_proc.v3.ExternalProcessor
-              grpc_service: {{envoy_grpc: {{cluster_name: perch, skip_envoy_headers: true}}}}
+              grpc_service:
+                envoy_grpc: {{cluster_name: perch, skip_envoy_headers: true}}
+                retry_policy:
+                  num_retries: 2
+                  retry_on: connect-failure,refused-stream,unavailable
+                  retry_back_off: {{base_interval: 0.001s, max_interval: 0.005s}}
+                  host_selection_retry_max_attempts: 5
+                  retry_host_predicate:
+                  - name: envoy.retry_host_predicates.previous_hosts
+                    typed_config:
+                      "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
               failure_mode_allow: true
-              message_timeout: {message_timeout}
+              message_timeout: 2s
               stat_prefix: perch
               processing_mode: {{response_header_mode: SKIP}}
               mutation_rules: {{allow_expression: {{regex: x-model-cohort}}}}
@@ -69,6 +79,7 @@ static_resources:
     type: STATIC
     connect_timeout: 1s
     common_lb_config: {{healthy_panic_threshold: {{value: 0}}}}
+    circuit_breakers: {{thresholds: [{{max_requests: 65536, max_pending_requests: 65536, max_retries: 65536}}]}}
     health_checks:
     - timeout: 1s
       interval: 0.2s
@@ -82,7 +93,7 @@ static_resources:
         explicit_http_config: {{http2_protocol_options: {{connection_keepalive: {{interval: 1s, timeout: 1s}}}}}}
     load_assignment:
       cluster_name: perch
-      endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket}}}}}}}}}]}}]
+      endpoints: [{{lb_endpoints: [{endpoints}]}}]
 """
 
 
@@ -109,8 +120,8 @@ class Envoy:
         with urllib.request.urlopen(f"http://{self.admin}/stats?format=json&filter={wanted}", timeout=5) as response:
             return {stat["name"]: stat.get("value", 0) for stat in json.load(response)["stats"] if "name" in stat}
 
-    def healthy(self) -> bool:
-        return self.stats("cluster.perch.membership_healthy").get("cluster.perch.membership_healthy") == 1
+    def healthy(self, servers: int = 1) -> bool:
+        return self.stats("cluster.perch.membership_healthy").get("cluster.perch.membership_healthy") == servers
 
 
 def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 15.0) -> None:
@@ -125,12 +136,11 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 15.
 
 
 @contextlib.contextmanager
-def running_envoy(folder: Path, socket_path: Path, *, graceful: bool, message_timeout: str = "2s") -> Iterator[Envoy]:
+def running_envoy(folder: Path, *sockets: Path, graceful: bool) -> Iterator[Envoy]:
     folder.mkdir(exist_ok=True)
     config, admin_file = folder / "envoy.yaml", folder / "admin.txt"
-    config.write_text(
-        BOOTSTRAP.format(graceful=str(graceful).lower(), socket=socket_path, message_timeout=message_timeout)
-    )
+    endpoints = ", ".join(f"{{endpoint: {{address: {{pipe: {{path: {path}}}}}}}}}" for path in sockets)
+    config.write_text(BOOTSTRAP.format(graceful=str(graceful).lower(), endpoints=endpoints))
     with (folder / "envoy.log").open("wb") as log:
         process = subprocess.Popen(
             [ENVOY, "-c", config, "--admin-address-path", admin_file, "--concurrency", "1",
@@ -151,7 +161,7 @@ def running_envoy(folder: Path, socket_path: Path, *, graceful: bool, message_ti
 
 @pytest.fixture
 def start_envoy() -> Callable[..., contextlib.AbstractContextManager[Envoy]]:
-    """A context manager (folder, socket, graceful=...) around a running Envoy. It blocks: call it in a thread."""
+    """A context manager (folder, *sockets, graceful=...) around a running Envoy. It blocks: call it in a thread."""
     if not ENVOY.exists():
         pytest.skip("no envoy beside the Python that runs the tests")
     return running_envoy

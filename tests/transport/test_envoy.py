@@ -2,9 +2,12 @@
 
 import asyncio
 import http.client
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from extproc.transport.fastlane import FastLane
 
 
 def _get(port: int, requests: int) -> list[tuple[int, str]]:
@@ -51,3 +54,36 @@ async def test_envoy_gets_every_answer_and_reports_no_failure(
     assert stats["cluster.perch.upstream_cx_protocol_error"] == 0
     assert stats["cluster.perch.upstream_cx_destroy_remote_with_active_rq"] == 0
     assert stats["cluster.perch.upstream_rq_rx_reset"] == 0
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio"])
+async def test_no_request_is_lost_when_one_of_two_servers_stops_under_load(tmp_path, canary, start_envoy, eventually):
+    """It needs Envoy's retries on another host, and more than the three at a time that are the default."""
+    lanes = [FastLane(lambda _message: canary, lambda: True) for _ in range(2)]
+    sockets = [tmp_path / "p.0", tmp_path / "p.1"]
+    for lane, path in zip(lanes, sockets, strict=True):
+        await lane.start(f"unix:{path}")
+    loaded, stopped = threading.Event(), threading.Event()
+
+    def ask(port: int) -> list[tuple[int, str]]:
+        got = _get(port, 50)
+        loaded.set()
+        while not stopped.is_set():
+            got += _get(port, 10)
+        return got + _get(port, 50)
+
+    def use() -> tuple[list[tuple[int, str]], dict[str, int]]:
+        with start_envoy(tmp_path / "envoy", *sockets, graceful=True) as envoy:
+            eventually(lambda: envoy.healthy(2), "both servers healthy in Envoy")
+            with ThreadPoolExecutor(4) as clients:
+                batches = list(clients.map(lambda _: ask(envoy.port), range(4)))
+            return [one for batch in batches for one in batch], envoy.stats("ext_proc")
+
+    client = asyncio.create_task(asyncio.to_thread(use))
+    await asyncio.to_thread(loaded.wait, 30)
+    await lanes[0].stop(5.0)
+    stopped.set()
+    got, stats = await client
+    await lanes[1].stop(1.0)
+    assert set(got) == {(200, "canary")}
+    assert sum(value for name, value in stats.items() if name.endswith(("failure_mode_allowed", "streams_failed"))) == 0

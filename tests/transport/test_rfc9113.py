@@ -168,6 +168,7 @@ ROWS = [
     stream("8.5 CONNECT with a path", E.PROTOCOL_ERROR, with_fields(base=pseudo(method="CONNECT"))),
     # 8.1.1 malformed messages
     stream("8.1.1 content-length not met by one DATA", E.PROTOCOL_ERROR, lambda w: post(w, content_length="1") + w.data(1, b"test", end=True)),
+    stream("8.1.1 content-length exceeded before the end", E.PROTOCOL_ERROR, lambda w: post(w, content_length="1") + w.data(1, b"test")),
     stream("8.1.1 content-length not met by several DATA", E.PROTOCOL_ERROR, lambda w: post(w, content_length="9") + w.data(1, b"test") + w.data(1, b"test", end=True)),
     stream("8.1.1 content-length without a body", E.PROTOCOL_ERROR, lambda w: post(w, content_length="1", end=True)),
     stream("8.1.1 content-length not met before trailers", E.PROTOCOL_ERROR, lambda w: post(w, content_length="9") + w.data(1, b"test") + w.headers(1, [("x-t", "1")], end=True)),
