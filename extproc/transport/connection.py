@@ -388,11 +388,9 @@ class Connection:
         if not stream_id:
             raise Http2ConnectionError(ErrorCode.PROTOCOL_ERROR, "PRIORITY on stream 0")
         self._allowance.spend(IDLE_FRAME, "PRIORITY")
-        if self._streams.life(stream_id) in CLOSED:
-            return
         if len(payload) != 5:
             raise Http2StreamError(stream_id, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY without 5 bytes")
-        if _dependency(payload, 0) == stream_id:
+        if _dependency(payload, 0) == stream_id and self._streams.life(stream_id) not in CLOSED:
             raise Http2StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "stream depends on itself")
 
     # Errors.

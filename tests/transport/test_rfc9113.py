@@ -104,6 +104,8 @@ ROWS = [
     link("6.2 too short for its priority", E.FRAME_SIZE_ERROR, lambda w: w.frame("HEADERS", 0x25, 1, b"\0\0\0")),
     # 6.3 PRIORITY
     link("6.3 PRIORITY on stream 0", E.PROTOCOL_ERROR, lambda w: w.frame("PRIORITY", 0, 0, bytes(5))),
+    stream("6.3 PRIORITY of the wrong length on a closed stream", E.FRAME_SIZE_ERROR, lambda w: get(w) + w.frame("PRIORITY", 0, 1, bytes(4))),
+    link("6.3 PRIORITY of the wrong length on an idle stream", E.FRAME_SIZE_ERROR, lambda w: w.frame("PRIORITY", 0, 1, bytes(4))),
     stream("6.3 PRIORITY of the wrong length", E.FRAME_SIZE_ERROR, lambda w: post(w) + w.frame("PRIORITY", 0, 1, bytes(4))),
     # 6.4 RST_STREAM
     link("6.4 RST_STREAM on stream 0", E.PROTOCOL_ERROR, lambda w: w.rst(0)),
@@ -233,6 +235,8 @@ ACCEPTED = {
     "4.1 reserved bit of the stream identifier": lambda w: w.frame("PING", 0, 2**31, bytes(8)),
     "4.1 unknown frame type": lambda w: w.frame(0xFA, 0, 0, bytes(8)),
     "4.2 the largest frame": lambda w: post(w) + w.data(1, bytes(16_384)),
+    "5.1 PRIORITY of a closed stream on itself": lambda w: get(w) + w.frame("PRIORITY", 0, 1, struct.pack(">IB", 1, 255)),
+    "6.3 PRIORITY on an idle stream, then a request on a lower one": lambda w: w.frame("PRIORITY", 0, 3, bytes(5)) + get(w),
     "5.1 PRIORITY on an idle stream": lambda w: w.frame("PRIORITY", 0, 1, bytes(5)),
     "5.1 PRIORITY on a closed stream": lambda w: get(w) + w.frame("PRIORITY", 0, 1, bytes(5)),
     "5.1 WINDOW_UPDATE on a closed stream": lambda w: get(w) + w.window_update(1, 5),
