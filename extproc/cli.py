@@ -1,15 +1,15 @@
 """The `perch` command: options in, one role or one answer out. What a command says is in its docstring."""
 
 import asyncio
-import json
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
+from extproc.flagcommands import check, explain, plan, schema
+from extproc.options import Flags, Json, Models, State, Workers, fail, load_models_or_exit, settings_with
 from extproc.settings import Settings
 
 app = typer.Typer(
@@ -23,31 +23,6 @@ app = typer.Typer(
 )
 envoy = typer.Typer(no_args_is_help=True, help="Envoy's configuration, rendered from models.yaml and the settings.")
 app.add_typer(envoy, name="envoy")
-
-Flags = Annotated[Path | None, typer.Option(help="The flag file that people edit [default: flags/flags.yaml].")]
-Models = Annotated[Path | None, typer.Option(help="The models that Envoy serves [default: envoy/models.yaml].")]
-State = Annotated[Path | None, typer.Option(help="Folder of what programs write [default: state].")]
-Workers = Annotated[int | None, typer.Option(help="ext_proc processes, one socket each [default: 1].")]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-
-
-def settings_with(**options: Any) -> Settings:
-    """The environment's settings under the options that were given. Exits with 2 for a bad one."""
-    given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            name = str(problem["loc"][0]) if problem["loc"] else "settings"
-            where = f"--{name.replace('_', '-')}" if name in given else f"PERCH_{name.upper()}"
-            typer.echo(f"perch: {where}: {problem['msg']}", err=True)
-        raise typer.Exit(2) from None
-
-
-def fail(error: object, code: int = 1) -> typer.Exit:
-    """Prints the one line and gives what to raise."""
-    typer.echo(f"perch: {error}", err=True)
-    return typer.Exit(code)
 
 
 def run(role: Coroutine[Any, Any, None]) -> None:
@@ -63,7 +38,7 @@ def run(role: Coroutine[Any, Any, None]) -> None:
 
 
 @app.command()
-def up(  # noqa: PLR0913  the options are the interface
+def up(
     port: Annotated[int, typer.Option(help="Where clients send requests.")] = 10000,
     control_port: Annotated[int, typer.Option(help="The control API.")] = 8900,
     admin: Annotated[int, typer.Option(help="Envoy's admin interface.")] = 9901,
@@ -120,70 +95,10 @@ def control(
     run(role(settings_with(control_listen=listen, flags=flags, models=models, state=state)))
 
 
-@app.command()
-def check(
-    file: Annotated[Path | None, typer.Argument(help="The flag file [default: flags/flags.yaml].")] = None,
-    models: Models = None,
-    as_json: Json = False,
-) -> None:
-    """Say everything that is wrong with a flag file, each problem with its line. Exit 1 if there is anything.
-
-    It is the very reader that serves: what passes here is served.
-    """
-    from extproc.core.document import FlagFileError
-    from extproc.explain import read_flags
-
-    settings = settings_with(flags=file, models=models)
-    name, served = settings.flags, load_prefixes(settings)
-    try:
-        _, found = read_flags(name, served)
-    except FlagFileError as error:
-        problems = error.problems
-    else:
-        problems = ()
-    if as_json:
-        rows = [
-            {"file": str(name), "line": p.place.line, "column": p.place.column, "path": p.path, "message": p.message}
-            for p in problems
-        ]
-        typer.echo(json.dumps({"ok": not problems, "problems": rows}, indent=1))
-    elif problems:
-        for problem in problems:
-            typer.echo(f"{name}:{problem}", err=True)
-    else:
-        typer.echo(f"{name}: good, {len(found)} flag{'s' if len(found) != 1 else ''}")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def explain(  # noqa: PLR0913  the options are the interface
-    flag: Annotated[str, typer.Option(help="Key of the flag.")],
-    unit: Annotated[str | None, typer.Option(help="Value of the flag's first unit: a user's id.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="NAME=VALUE, any number of times.")] = None,
-    flags: Flags = None,
-    models: Models = None,
-    state: State = None,
-    as_json: Json = False,
-) -> None:
-    """Say which arm a user gets, and why: the same decision as serve's, from the same files."""
-    from extproc.core.document import FlagFileError
-    from extproc.explain import ExplainError, load
-    from extproc.explain import as_json as to_json
-    from extproc.explain import explain as explained
-    from extproc.flagfile import Paths
-
-    settings = settings_with(flags=flags, models=models, state=state)
-    try:
-        loaded = load(Paths(settings.flags, settings.state), load_prefixes(settings), settings.force_token)
-        explanation = explained(loaded, flag, unit, header or [])
-    except FlagFileError as error:
-        for problem in error.problems:
-            typer.echo(f"{settings.flags}:{problem}", err=True)
-        raise typer.Exit(1) from None
-    except ExplainError as error:
-        raise fail(error, 2) from None
-    typer.echo(to_json(explanation) if as_json else f"{explanation.sentence()}, version {explanation.version}")
+app.command()(check)
+app.command()(explain)
+app.command()(plan)
+app.command()(schema)
 
 
 @app.command()
@@ -250,23 +165,6 @@ def rendered(settings: Settings, out: Path) -> dict[str, str]:
         flags = ()
     names = forwarded_headers(name for flag in flags for name in headers_of(flag))
     return render(models, envoy_settings(settings.model_copy(update={"xds": out.absolute()})), names)
-
-
-def load_prefixes(settings: Settings) -> dict[str, str]:
-    """The models' prefixes by name."""
-    from extproc.app import prefixes
-
-    return prefixes(load_models_or_exit(settings))
-
-
-def load_models_or_exit(settings: Settings) -> Any:
-    """The models, or exit 1 with every problem of the file."""
-    from extproc.modelsfile import ModelsFileError, load_models
-
-    try:
-        return load_models(settings.models)
-    except ModelsFileError as error:
-        raise fail(error) from None
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Why a unit gets its arm: the very decision that serve makes, over the same files, with its numbers shown."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from extproc.core.request import Request
 from extproc.core.ruleset import Plan, Reason, Ruleset, Split, compile_ruleset, ruleset_version
 from extproc.flagfile import Paths, read_exposures
 from extproc.flagread import read_flag_file
+
+_VERSION = re.compile(r"[0-9a-f]{12}\.[0-9]{1,20}")
 
 
 class ExplainError(Exception):
@@ -46,6 +50,48 @@ def load(paths: Paths, models: Mapping[str, str], force_token: str | None) -> Lo
         flags, exposures, models, version=ruleset_version(content, exposures.seq), force_token=force_token
     )
     return Loaded(ruleset, {flag.key: flag for flag in flags}, models, exposures)
+
+
+def load_version(paths: Paths, version: str, models: Mapping[str, str], force_token: str | None) -> Loaded:
+    """What was served under this version, from the state folder, on the paths that the models have today.
+
+    Raises ExplainError for a version that is not kept there, FlagFileError for a kept file that cannot be read.
+    """
+    if not _VERSION.fullmatch(version):
+        raise ExplainError(f"{version!r} is no version; it looks like 0123456789ab.7, as `perch status` shows it")
+    digest, _, _ = version.partition(".")
+    try:
+        exposures = read_exposures(paths.rulesets / f"{version}.json")
+    except (ExposureError, OSError) as error:
+        raise ExplainError(f"the version {version} cannot be read in {paths.rulesets}: {error}") from None
+    if exposures is None:
+        known = sorted(path.stem for path in paths.rulesets.glob("*.json"))
+        have = f"it has {len(known)}, for example {', '.join(known[-3:])}" if known else "it has none"
+        raise ExplainError(f"the version {version} is not kept in {paths.rulesets}; {have}")
+    _, flags = read_flags(paths.rulesets / f"{digest}.yaml", None)
+    prefixes = {flag.model: models.get(flag.model, f"/v2/models/{flag.model}/") for flag in flags}
+    ruleset = compile_ruleset(flags, exposures, prefixes, version=version, force_token=force_token)
+    return Loaded(ruleset, {flag.key: flag for flag in flags}, prefixes, exposures)
+
+
+def at_percent(loaded: Loaded, key: str, percent: Decimal, force_token: str | None) -> Loaded:
+    """The same if this flag's own percentage were another one and its warm gate open. Raises ExplainError."""
+    flag = _flag(loaded, key)
+    changed = {**loaded.flags, key: replace(flag, percent=percent, rollout=None)}
+    decided = dict(loaded.exposures.flags)
+    if key in decided:
+        decided[key] = replace(decided[key], cap=100)
+    exposures = Exposures(loaded.exposures.seq, decided)
+    version = loaded.ruleset.version
+    ruleset = compile_ruleset(changed.values(), exposures, loaded.models, version=version, force_token=force_token)
+    return Loaded(ruleset, changed, loaded.models, exposures)
+
+
+def _flag(loaded: Loaded, key: str) -> Flag:
+    flag = loaded.flags.get(key)
+    if flag is None:
+        raise ExplainError(f"there is no flag {key}; the file has {', '.join(loaded.flags) or 'none'}")
+    return flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +163,7 @@ def explain(loaded: Loaded, key: str, unit: str | None, headers: Sequence[str]) 
 
     Raises ExplainError for an unknown flag or a header without '='.
     """
-    flag = loaded.flags.get(key)
-    if flag is None:
-        raise ExplainError(f"there is no flag {key}; the file has {', '.join(loaded.flags) or 'none'}")
+    flag = _flag(loaded, key)
     request = request_for(flag, loaded.models[flag.model], unit, headers)
     plan = loaded.ruleset.plans[loaded.models[flag.model].encode()]
     if not isinstance(plan, Plan):

@@ -132,6 +132,13 @@ def _rollout_problems(document: Document, path: Path, rollout: Mapping[str, Any]
         yield document.problem((*path, "guardrails", guardrail), f"unknown guardrail; {known}", of_key=True)
 
 
+def walk_conditions(data: Any) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every condition of a file as it is written, those inside others too, each with its path."""
+    file = _mapping(data)
+    for path, condition in _conditions(_mapping(file.get("flags")), _mapping(file.get("segments"))):
+        yield from _walk(path, condition)
+
+
 def _conditions(flags: Mapping[str, Any], segments: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
     """The conditions that stand on their own: each segment, and each rule's `when`."""
     for name, condition in segments.items():
