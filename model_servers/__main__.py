@@ -15,7 +15,7 @@ from pathlib import Path
 # One thread within an inference, as for ONNX: small matrices lose by more, and several servers share a machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from extproc.metrics import Dialect
+from extproc.metrics import Dialect, Metrics
 from model_servers.app import Rules
 from model_servers.batching import Limits
 from model_servers.errors import ArtifactError, Refused
@@ -49,6 +49,10 @@ def read_arguments(arguments: list[str]) -> Settings:
         faults = read_faults(dict(map(parse_fault, given.fault))) if given.allow_faults else None
     except Refused as refusal:
         parser.error(f"--fault: {refusal}")
+    try:
+        Metrics(given.statsd).close()
+    except ValueError as error:
+        parser.error(f"--statsd: {error}")
     name = given.name or read_manifest(newest(given.directory)).name
     return Settings(
         rules=Rules(name, given.directory, given.largest_body, given.deadline),

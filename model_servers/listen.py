@@ -36,9 +36,8 @@ def listen(address: str) -> Listener:
     try:
         bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise CannotListen(
-            f"cannot listen on {address}: {error.strerror}; stop what uses it or choose another"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno else str(error)  # strerror itself repeats the address
+        raise CannotListen(f"cannot listen on {address}: {reason}; stop what uses it or choose another") from None
     shown = f"[{host}]" if ":" in host else host
     return Listener(bound, f"{shown}:{bound.getsockname()[1]}")
 

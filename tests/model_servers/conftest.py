@@ -28,6 +28,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self._path = str(path)
 
     def connect(self):
+        """Connects to the unix socket."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(DEADLINE_S)
         self.sock.connect(self._path)
@@ -48,9 +49,9 @@ class Reply:
 class ServerProcess:
     """One `python -m model_servers`, its output read line by line."""
 
-    def __init__(self, directory, socket_path, *options, env=None):
-        self.socket = socket_path
-        command = [sys.executable, "-m", "model_servers", str(directory), "--listen", f"unix:{socket_path}", *options]
+    def __init__(self, directory, listen, *options, env=None):
+        self.socket = Path(listen.removeprefix("unix:"))
+        command = [sys.executable, "-m", "model_servers", str(directory), "--listen", listen, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=env)
         self._seen = b""
 
@@ -121,13 +122,15 @@ def start_server():
     with tempfile.TemporaryDirectory(prefix="perch-ms-") as folder, contextlib.ExitStack() as stack:
         count = 0
 
-        def start(directory, *options, ready=True, path=None, env=None):
+        def start(directory, *options, ready=True, path=None, env=None, tcp=False):
             nonlocal count
             count += 1
-            server = ServerProcess(directory, path or Path(folder) / f"{count}.sock", *options, env=env)
+            listen = "127.0.0.1:0" if tcp else f"unix:{path or Path(folder) / f'{count}.sock'}"
+            server = ServerProcess(directory, listen, *options, env=env)
             stack.callback(server.end)
             if ready:
                 server.ready_line = server.wait_for("ready")
+                server.address = server.ready_line.partition(" on ")[2].partition(",")[0]
             return server
 
         yield start
