@@ -115,8 +115,11 @@ class Connection:
 
     def drain(self) -> bytes:
         """Begins a shutdown in which no request is lost: GOAWAY, then `closing` once every stream has ended."""
+        if self._control.closing:
+            return b""
         if not self._greeted:
             self._control.closing = True
+            return b""
         try:
             self._calls.end_watchers()
         except Http2ConnectionError as error:
@@ -211,7 +214,7 @@ class Connection:
         if stream.credit < _STREAM_CREDIT_LOW:
             self._restore_stream_credit(stream, flags)
         if flags & PADDED:
-            begin, stop = _unpadded(data, begin, stop)
+            begin, stop = frames.unpadded(data, begin, stop)
             size = stop - begin
         stream.received += size
         if stream.received > stream.content_length >= 0:
@@ -267,12 +270,12 @@ class Connection:
             raise Http2ConnectionError(ErrorCode.PROTOCOL_ERROR, "HEADERS on stream 0")
         self_dependent = False
         if flags & (PADDED | frames.PRIORITIZED):
-            begin, stop = _unpadded(payload, 0, len(payload)) if flags & PADDED else (0, len(payload))
+            begin, stop = frames.unpadded(payload, 0, len(payload)) if flags & PADDED else (0, len(payload))
             if flags & frames.PRIORITIZED:
                 if stop - begin < 5:
                     code = ErrorCode.PROTOCOL_ERROR if len(payload) >= begin + 5 else ErrorCode.FRAME_SIZE_ERROR
                     raise Http2ConnectionError(code, "HEADERS too short for its priority and padding")
-                self_dependent = _dependency(payload, begin) == stream_id
+                self_dependent = frames.dependency(payload, begin) == stream_id
                 begin += 5
             payload = payload[begin:stop]
         if flags & END_HEADERS:
@@ -390,7 +393,7 @@ class Connection:
         self._allowance.spend(IDLE_FRAME, "PRIORITY")
         if len(payload) != 5:
             raise Http2StreamError(stream_id, ErrorCode.FRAME_SIZE_ERROR, "PRIORITY without 5 bytes")
-        if _dependency(payload, 0) == stream_id and self._streams.life(stream_id) not in CLOSED:
+        if frames.dependency(payload, 0) == stream_id and self._streams.life(stream_id) not in CLOSED:
             raise Http2StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "stream depends on itself")
 
     # Errors.
@@ -405,18 +408,3 @@ class Connection:
         self._control.fail(error)
         self._tail = b""
         self._block = None
-
-
-def _unpadded(data: bytes, begin: int, stop: int) -> tuple[int, int]:
-    """Where the content of a padded frame begins and stops (RFC 9113 6.1)."""
-    if begin == stop:
-        raise Http2ConnectionError(ErrorCode.FRAME_SIZE_ERROR, "padded frame without a length of padding")
-    if data[begin] >= stop - begin:
-        raise Http2ConnectionError(ErrorCode.PROTOCOL_ERROR, "more padding than frame")
-    return begin + 1, stop - data[begin]
-
-
-def _dependency(payload: bytes, begin: int) -> int:
-    """The stream that priority fields name."""
-    number: int = frames.UINT32.unpack_from(payload, begin)[0]
-    return number & 0x7FFFFFFF

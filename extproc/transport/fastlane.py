@@ -105,7 +105,7 @@ class _Link(asyncio.Protocol):
 
     def _send(self, data: bytes) -> None:
         transport = self._transport
-        if transport is None or self._ending:
+        if transport is None or self._ending or transport.is_closing():
             return
         if data:
             transport.write(data)

@@ -1,4 +1,4 @@
-"""The layout of HTTP/2 frames (RFC 9113 sections 4 and 6): numbers and builders of bytes. No state, no I/O.
+"""The layout of HTTP/2 frames (RFC 9113 sections 4 and 6): numbers, builders of bytes, and the parts frames share."""
 
 Plain ints instead of enums: these are compared for every frame of every request.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
+from extproc.transport.errors import ErrorCode, Http2ConnectionError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from extproc.transport.errors import ErrorCode
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -79,3 +79,18 @@ def goaway(last_stream_id: int, code: ErrorCode, reason: str = "") -> bytes:
 
 
 SETTINGS_ACK: Final = frame(SETTINGS, ACK, 0)
+
+
+def unpadded(data: bytes, begin: int, stop: int) -> tuple[int, int]:
+    """Where the content of a padded frame begins and stops (RFC 9113 6.1)."""
+    if begin == stop:
+        raise Http2ConnectionError(ErrorCode.FRAME_SIZE_ERROR, "padded frame without a length of padding")
+    if data[begin] >= stop - begin:
+        raise Http2ConnectionError(ErrorCode.PROTOCOL_ERROR, "more padding than frame")
+    return begin + 1, stop - data[begin]
+
+
+def dependency(payload: bytes, begin: int) -> int:
+    """The stream that priority fields name."""
+    number: int = UINT32.unpack_from(payload, begin)[0]
+    return number & 0x7FFFFFFF

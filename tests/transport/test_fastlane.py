@@ -53,6 +53,8 @@ async def test_the_replies_to_one_read_are_one_write(serve, connect):
     transport = link._transport
 
     class Spy:
+        is_closing = transport.is_closing
+
         def write(self, data):
             written.append(data)
             transport.write(data)
