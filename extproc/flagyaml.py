@@ -72,7 +72,10 @@ def scan_document(content: bytes) -> Document:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
-        message = f"the character {error.character!r} is not allowed in YAML"
+        character: Any = error.character  # a number, whatever the type says
+        message = (
+            f"the character {chr(character)!r} is not allowed in YAML" if isinstance(character, int) else str(error)
+        )
         raise _error(Place(line, column), message) from None
 
 
@@ -89,6 +92,8 @@ def _yaml_error(error: yaml.MarkedYAMLError, text: str) -> FlagFileError:
     if "\t" in line[: len(line) - len(line.lstrip())]:
         return _error(Place(place.line, line.index("\t") + 1), "a tab cannot indent YAML; use spaces")
     context = f" {error.context}" if error.context else ""
+    if error.context and error.context_mark is not None:
+        context += f" that begins on line {error.context_mark.line + 1}"
     return _error(place, f"this is not valid YAML: {error.problem}{context}")
 
 

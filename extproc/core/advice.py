@@ -18,7 +18,7 @@ EARLY = "Envoy takes it off every request before perch sees it"
 HOP = "it is about one connection, and Envoy does not pass it on"
 NOT_FORWARDED = {
     "x-model-cohort": f"{EARLY}, since it is the header that perch sets",
-    "x-force-cohort": "it carries the testers' token; `allow_force: true` lets them choose their arm",
+    "x-force-cohort": "it is the testers', whom `allow_force: true` lets choose their arm",
     "x-request-id": "Envoy makes a new one for each request; the client's own is x-client-request-id",
     "x-forwarded-client-cert": EARLY,
     "host": "Envoy calls it :authority, which no rule can look at",
@@ -97,7 +97,7 @@ def _condition_warnings(path: Path, condition: Mapping[str, object]) -> Iterator
     if isinstance(header, str):
         why = why_not_forwarded(header.lower())
         if why is not None:
-            yield (*path, "header"), f"the header {header.lower()} never reaches perch: {why}"
+            yield (*path, "header"), f"no client's {header.lower()} reaches a rule: {why}"
     method = condition.get("method")
     if isinstance(method, dict):
         for operator in ("equals", "in"):
@@ -116,8 +116,8 @@ def _unit_warnings(flag: Flag, path: Path) -> Iterator[Warned]:
     for i, source in enumerate(flag.unit):
         why = why_not_forwarded(source.name) if source.kind is SourceKind.HEADER else None
         if why is not None:
-            what = "write `random`" if source.name == "x-request-id" else why
-            yield (*path, "unit", i), f"the header {source.name} never reaches perch: {what}"
+            instead = "; write `random`, which says so" if source.name == "x-request-id" else ""
+            yield (*path, "unit", i), f"no client's {source.name} is ever hashed: {why}{instead}"
     people = [source for source in flag.unit if source.kind is not SourceKind.RANDOM]
     if len(people) > 1:
         first = people[0].name

@@ -45,7 +45,7 @@ class FlagFileError(Exception):
     """A flag file that must not be served, with every problem that was found in it, in the order of their lines."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(sorted(problems, key=lambda p: (p.place.line, p.place.column, p.path)))
+        self.problems = tuple(sorted(problems, key=lambda p: (p.place.line, p.place.column)))
         super().__init__("; ".join(map(str, self.problems[:20])))
 
     def __reduce__(self) -> tuple[type["FlagFileError"], tuple[tuple[Problem, ...]]]:

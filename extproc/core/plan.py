@@ -239,11 +239,11 @@ def _units_lost(before: Side | None, after: Side | None) -> bool:
 
 def _notices(before: Side, after: Side, users: Move) -> Iterator[Notice]:
     old, new = before.flag, after.flag
-    swap = f"{percent_text(users.to_canary + users.to_stable)} % of users swap"
+    swap = _swap_text(users)
     renamed = old.key != new.key
     if before.salt != after.salt:
         if renamed and old.salt != new.salt and new.salt == new.key:
-            message = f"the flag {old.key} is now {new.key} and has no salt of its own, so {swap}"
+            message = f"the flag {old.key} is now {new.key} and has no salt of its own: {swap}"
             yield Notice((), f"{message}; write `salt: {old.salt}` to keep them where they are")
         elif old.salt != new.salt:
             how = f"the salt changed: {swap}"
@@ -256,6 +256,15 @@ def _notices(before: Side, after: Side, users: Move) -> Iterator[Notice]:
         yield Notice(("unit",), f"the units changed: {_units_text(before, after)}")
     if before.salt == after.salt:
         yield from _rule_notices(old, new)
+
+
+def _swap_text(users: Move) -> str:
+    share = percent_text(users.to_canary + users.to_stable)
+    if users.to_canary and users.to_stable:
+        return f"{share} % of users swap"
+    if users.to_canary or users.to_stable:
+        return f"{share} % of users move {'to canary' if users.to_canary else 'back to stable'}"
+    return "nobody moves yet, but others will be first"
 
 
 def _units_text(before: Side, after: Side) -> str:

@@ -26,6 +26,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def _percent(value: Any) -> Decimal:
     if isinstance(value, str) and value.rstrip().endswith("%"):
         raise ValueError(f"write the number alone: {shown(value.rstrip().rstrip('%').rstrip())}")
+    if isinstance(value, str):
+        raise ValueError(f"a percentage is a number from 0 to 100, without quotes, not the text {shown(value)}")
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         raise ValueError(f"a percentage is a number from 0 to 100, not {shown(value)}")
     percent = Decimal(value)
@@ -73,6 +75,8 @@ def _unit(value: Any) -> UnitSource:
 
 def name(value: str) -> str:
     """Checks a name. Raises ValueError."""
+    if not value:
+        raise ValueError("the text is empty; write a name, or take the key out")
     if len(value) > MAX_NAME:
         raise ValueError(f"longer than {MAX_NAME} characters")
     if not _NAME.fullmatch(value):

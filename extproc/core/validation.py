@@ -34,7 +34,7 @@ def nothing_written(document: Document) -> Iterator[Problem]:
         elif isinstance(value, list):
             stack.extend(((*path, i), inner) for i, inner in enumerate(value))
         elif value is None:
-            yield document.problem(path, "nothing is written here; write a value or take this out", of_key=True)
+            yield document.problem(path, "nothing is written here; write a value or take this out")
 
 
 def nearest(word: str, known: Collection[str]) -> str | None:
@@ -97,7 +97,8 @@ def _message(kind: str, context: Any, value: Any, otherwise: str) -> str:
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"expected a mapping of keys, not {shown(value)}"
         case "list_type":
-            return f"expected a list, not {shown(value)}"
+            instead = f"; write [{shown(value)}]" if isinstance(value, str | int) else ""
+            return f"expected a list, not {shown(value)}{instead}"
         case "too_short":
             return "the list is empty; write at least one entry or take the key out"
         case "too_long":
