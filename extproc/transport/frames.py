@@ -1,4 +1,4 @@
-"""The layout of HTTP/2 frames (RFC 9113 sections 4 and 6): numbers, builders of bytes, and the parts frames share."""
+"""The layout of HTTP/2 frames (RFC 9113 sections 4 and 6): numbers, builders of bytes, and the parts frames share.
 
 Plain ints instead of enums: these are compared for every frame of every request.
 """
