@@ -27,6 +27,9 @@ FLAGS_PER_PART = 16
 NICE = 5
 """Steps of priority below the processes that answer: where processors are short, requests come first."""
 
+MOST_PROBLEMS = 200
+"""More are of no use to a person, and unpickling them all would stall the loop that answers requests."""
+
 DEADLINE_S = 60.0
 """Nothing legible takes this long; a parser that does is stopped."""
 
@@ -93,26 +96,36 @@ class Compiler:
             )
 
     async def compile(self, task: Task) -> AsyncIterator[bytes]:
-        """The pickled parts of the answer to `task`, to be read to the end. A process that dies is a Refused."""
-        async with self._turn:
-            try:
-                async with asyncio.timeout(DEADLINE_S):
-                    await self.start()
-                    assert self._process is not None  # noqa: S101  just started; the type does not say so
-                    assert self._process.stdin is not None  # noqa: S101  asked for as a pipe
-                    self._process.stdin.write(frame(pickle.dumps(task)))
-                async for part in self._parts(self._process.stdout):
-                    yield part
-            except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError) as error:
-                await self.stop()
-                what = "took too long" if isinstance(error, TimeoutError) else "died"
-                message = f"the process that reads flag files {what} over this file; make it smaller or simpler"
-                yield pickle.dumps(Refused((Problem(Place(1, 1), "", message),)))
-            except (asyncio.CancelledError, GeneratorExit):
-                await self.stop()  # a half-read answer would be taken for the next one's
-                raise
+        """The pickled parts of the answer to `task`, to be read to the end.
 
-    async def _parts(self, stream: asyncio.StreamReader | None) -> AsyncIterator[bytes]:
+        A process that dies before it has answered anything is given a second chance: it may have been killed for no
+        fault of the file. One that dies again, or takes too long, is a Refused.
+        """
+        async with self._turn:
+            for is_last_try in (False, True):
+                answered = False
+                try:
+                    async for part in self._answer(task):
+                        answered = True
+                        yield part
+                    return
+                except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError) as error:
+                    await self.stop()
+                    late = isinstance(error, TimeoutError)
+                    if answered or late or is_last_try:
+                        yield pickle.dumps(_gave_up("took too long" if late else "died"))
+                        return
+                except (asyncio.CancelledError, GeneratorExit):
+                    await self.stop()  # a half-read answer would be taken for the next one's
+                    raise
+
+    async def _answer(self, task: Task) -> AsyncIterator[bytes]:
+        async with asyncio.timeout(DEADLINE_S):
+            await self.start()
+            assert self._process is not None  # noqa: S101  just started; the type does not say so
+            assert self._process.stdin is not None  # noqa: S101  asked for as a pipe
+            self._process.stdin.write(frame(pickle.dumps(task)))
+        stream = self._process.stdout
         assert stream is not None  # noqa: S101  asked for as a pipe
         while True:
             async with asyncio.timeout(DEADLINE_S):
@@ -128,6 +141,11 @@ class Compiler:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+def _gave_up(what: str) -> Refused:
+    message = f"the process that reads flag files {what} over this file; make it smaller or simpler"
+    return Refused((Problem(Place(1, 1), "", message),))
 
 
 def frame(message: bytes) -> bytes:
@@ -151,7 +169,7 @@ class _Reader:
         try:
             flags = self._read(task)
         except FlagFileError as error:
-            yield Refused(error.problems)
+            yield Refused(error.problems[:MOST_PROBLEMS])
             return
         except (MemoryError, RecursionError) as error:
             yield Refused((Problem(Place(1, 1), "", f"this file is too much to read: {type(error).__name__}"),))

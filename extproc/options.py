@@ -25,7 +25,7 @@ def settings_with(**options: Any) -> Settings:
         for problem in error.errors(include_url=False):
             name = str(problem["loc"][0]) if problem["loc"] else "settings"
             where = f"--{name.replace('_', '-')}" if name in given else f"PERCH_{name.upper()}"
-            typer.echo(f"perch: {where}: {problem['msg']}", err=True)
+            typer.echo(f"perch: {where}: {problem['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(2) from None
 
 

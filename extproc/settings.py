@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from extproc.address import parse_address
 
 
 class Settings(BaseSettings):
@@ -38,6 +40,13 @@ class Settings(BaseSettings):
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning, error")
     events: Path | None = Field(None, description="datagram socket that `up` listens at; set by `up`")
     drain_s: float = Field(5.0, ge=0, description="seconds that requests under way are given at SIGTERM")
+
+    @field_validator("listen", "control_listen", "envoy_listen", "envoy_admin", "access_log", "statsd")
+    @classmethod
+    def _is_an_address(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            parse_address(value, port_zero=info.field_name != "statsd")
+        return value
 
 
 def environment(**perch: str) -> Mapping[str, str]:

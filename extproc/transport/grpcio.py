@@ -42,6 +42,7 @@ class GrpcioTransport:
         self._server.add_generic_rpc_handlers((self._process_service(), self._health_service()))
         if listen.startswith("unix:"):
             self._socket = Path(listen.removeprefix("unix:"))
+            self._socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             free_socket(self._socket)
         before = os.umask(0o077)
         try:
@@ -110,12 +111,17 @@ def free_socket(path: Path) -> None:
     """Removes a socket file that nobody listens at any more. Raises OSError if somebody does, or it is no socket."""
     if not path.exists():
         return
+    if not path.is_socket():  # connecting to one would be refused just as a stale socket does
+        raise OSError(f"cannot listen at {path}: a file that is no socket is there; choose another path")
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)  # a full backlog: somebody listens, if slowly
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
             return
+        except TimeoutError:
+            pass
         except OSError as error:
             raise OSError(f"cannot listen at {path}: {error.strerror}") from None
     raise OSError(f"cannot listen at {path}: another process does; stop it or choose another path")
