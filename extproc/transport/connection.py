@@ -100,7 +100,6 @@ class Connection:
         if self._calls.answered:
             self._allowance.earn(self._calls.answered)
             self._calls.answered = 0
-        self._control.leave_if_done()
         return self._sender.take()
 
     def tick(self, now_s: float, passed_s: float) -> bytes:
@@ -153,7 +152,7 @@ class Connection:
 
     # Frames.
 
-    def _frames(self, data: bytes) -> bytes:  # noqa: C901  the hot loop: one dispatch for all frames
+    def _frames(self, data: bytes) -> bytes:  # noqa: C901, PLR0912  the hot loop: one dispatch for all frames
         """Carries out every complete frame; returns the rest."""
         end = len(data)
         place = 0
@@ -161,6 +160,7 @@ class Connection:
             place = self._greet(data)
             if not self._greeted:
                 return data
+        control = self._control
         unpack = frames.FRAME_HEAD.unpack_from
         while end - place >= HEAD_BYTES:
             high, low, kind, flags, stream_id = unpack(data, place)
@@ -185,6 +185,8 @@ class Connection:
                     self._other(kind, flags, stream_id, data[begin:place])
             except Http2StreamError as error:
                 self._stream_error(error)
+            if control.leaving and control.leave_if_done():
+                return b""
         return data[place:]
 
     def _greet(self, data: bytes) -> int:

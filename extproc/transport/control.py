@@ -39,7 +39,6 @@ class Control:
         "_block_since_s",
         "_heads",
         "_limits",
-        "_peer_leaves",
         "_pinged_s",
         "_quiet_since_s",
         "_sender",
@@ -50,6 +49,7 @@ class Control:
         "drained",
         "draining",
         "heard",
+        "leaving",
         "table_kept",
     )
 
@@ -69,7 +69,8 @@ class Control:
         self.draining = False
         self.drained = False
         """The last GOAWAY was sent: new streams are too late."""
-        self._peer_leaves = False
+        self.leaving = False
+        """One side has sent its last GOAWAY; the connection ends with its last stream."""
         self.heard = True
         """Something was received since the last tick."""
         self._quiet_since_s = 0.0
@@ -131,7 +132,7 @@ class Control:
         """RFC 9113 6.8: the peer opens nothing more; what is open is still served."""
         if len(payload) < 8:
             raise Http2ConnectionError(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY shorter than 8 bytes")
-        self._peer_leaves = True
+        self.leaving = True
 
     def drain(self) -> None:
         """Asks the peer to open no more streams; those it opens before it has read that are still served.
@@ -146,7 +147,7 @@ class Control:
 
     def _finish_drain(self) -> None:
         if not self.drained:
-            self.drained = True
+            self.drained = self.leaving = True
             self._sender.add(frames.goaway(self._streams.last_id, ErrorCode.NO_ERROR, "shutting down"))
 
     def fail(self, error: Http2ConnectionError) -> None:
@@ -154,12 +155,14 @@ class Control:
         self._sender.add(frames.goaway(self._streams.last_id, error.code, error.reason))
         self.closing = True
 
-    def leave_if_done(self) -> None:
-        """Ends a connection on which either side wants no new streams and none is open."""
-        if (self._peer_leaves or self.drained) and not self._streams.open and not self.closing:
-            if not self.drained:
-                self._sender.add(frames.goaway(self._streams.last_id, ErrorCode.NO_ERROR))
-            self.closing = True
+    def leave_if_done(self) -> bool:
+        """Ends a connection on which a side wants no new streams, once none is open. Asked after each frame."""
+        if self._streams.open:
+            return False
+        if not self.drained:
+            self._sender.add(frames.goaway(self._streams.last_id, ErrorCode.NO_ERROR))
+        self.closing = True
+        return True
 
     def tick(self, now_s: float, *, greeted: bool, within_block: bool) -> None:
         """About once a second: `now_s` is any steady clock. Raises Http2ConnectionError when patience ends."""

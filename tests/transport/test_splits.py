@@ -90,6 +90,7 @@ def cut(data: bytes, sizes: list[int]) -> list[bytes]:
 
 
 @given(session=sessions, sizes=cuts)
+@example(session=frame(7, 0, 0, bytes(8)) + frame(1, 4, 1, GRPC), sizes=[1])
 @example(session=frame(1, 4, 1, GRPC) + frame(0, 1, 1, b"\0\0\0\0\x01x"), sizes=[1])
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_split_of_the_same_bytes_gives_the_same_answers(session, sizes):
