@@ -30,6 +30,7 @@ class GrpcioTransport:
         self._serving = serving
         self._server: Any = None
         self._socket: Path | None = None
+        self._born: tuple[int, int] | None = None
         self._draining = False
 
     async def start(self, listen: str) -> str:
@@ -52,6 +53,7 @@ class GrpcioTransport:
         finally:
             os.umask(before)
         await self._server.start()
+        self._born = birth_of(self._socket)
         return listen if self._socket is not None else f"{listen.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
@@ -59,7 +61,8 @@ class GrpcioTransport:
         self._draining = True
         if self._server is not None:
             await self._server.stop(grace_s)
-        if self._socket is not None:
+        # gRPC has removed the socket already, when it began to drain; what is there now may be our successor's.
+        if self._socket is not None and self._born is not None and birth_of(self._socket) == self._born:
             with contextlib.suppress(FileNotFoundError):
                 self._socket.unlink()
 
@@ -105,6 +108,15 @@ def health_service_of(request: bytes) -> str | None:
     if len(request) >= 2 and request[0] == 0x0A and request[1] == len(request) - 2 < 0x80:
         return request[2:].decode(errors="replace")
     return None
+
+
+def birth_of(path: Path | None) -> tuple[int, int] | None:
+    """What tells a file from a later one at the same place: inode and its time, since inodes are used again."""
+    try:
+        status = path.lstat() if path is not None else None
+    except FileNotFoundError:
+        return None
+    return (status.st_ino, status.st_ctime_ns) if status is not None else None
 
 
 def free_socket(path: Path) -> None:

@@ -1,4 +1,5 @@
 """A running `perch serve` and what speaks to it: Envoy's messages, health checks, flag files. All of it real."""
+# ruff: noqa: D102  methods here are named after what they give
 
 import contextlib
 import hashlib
@@ -293,6 +294,33 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def murmur3_x86_32(data: bytes, seed: int) -> int:
+    """Written from the algorithm's description: blocks of four bytes, a tail, a finalizer."""
+
+    def rotate(word: int, by: int) -> int:
+        return (word << by | word >> (32 - by)) & 0xFFFFFFFF
+
+    def scramble(block: int) -> int:
+        return rotate(block * 0xCC9E2D51 & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+
+    h = seed
+    whole = len(data) // 4 * 4
+    for i in range(0, whole, 4):
+        h = rotate(h ^ scramble(int.from_bytes(data[i : i + 4], "little")), 13) * 5 + 0xE6546B64 & 0xFFFFFFFF
+    if whole < len(data):
+        h ^= scramble(int.from_bytes(data[whole:], "little"))
+    h ^= len(data)
+    h = (h ^ h >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    h = (h ^ h >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
+
+
+@pytest.fixture(scope="session")
+def murmur3() -> Callable[[bytes, int], int]:
+    """The independent hash: (data, seed) -> 0 .. 2**32 - 1."""
+    return murmur3_x86_32
 
 
 @pytest.fixture(scope="session")
