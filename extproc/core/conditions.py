@@ -300,7 +300,7 @@ def _comparators(match: re.Match[str]) -> list[Comparator]:
     prerelease = _prerelease_key(match[5].encode() if match[5] else None)
     low: SemverKey = (major, int(minor or 0), int(patch or 0), prerelease)
     if op == "^":
-        first = 0 if major else 1 if int(minor or 0) or patch is None else 2
+        first = 0 if major or minor is None else 1 if int(minor) or patch is None else 2
         return [(">=", low), ("<", _next(low, first))]
     if op == "~":
         return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
