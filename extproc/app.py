@@ -2,9 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
-from typing import Any
 
 from extproc.address import TcpAddress, parse_address
 from extproc.answering import MakeTransport
@@ -73,13 +72,10 @@ def make_transport(settings: Settings) -> MakeTransport:
     return FastLane
 
 
-def run_on_loop(settings: Settings, role: Coroutine[Any, Any, None]) -> None:
-    """Runs a role to its end: on uvloop for the fast transport, where the platform has it."""
-    with asyncio.Runner(loop_factory=_uvloop() if settings.transport == "fast" else None) as runner:
-        runner.run(role)
-
-
-def _uvloop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_for(transport: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The event loop of a process that answers: uvloop for the fast transport, where the platform has it."""
+    if transport != "fast":
+        return None
     try:
         import uvloop  # noqa: PLC0415  not on every platform
     except ImportError:

@@ -25,14 +25,15 @@ envoy = typer.Typer(no_args_is_help=True, help="Envoy's configuration, rendered 
 app.add_typer(envoy, name="envoy")
 
 
-def run(role: Coroutine[Any, Any, None]) -> None:
-    """Runs a role to its end. An error that a person can mend is one line and exit 1."""
-    from extproc.app import StartError
+def run(role: Coroutine[Any, Any, None], transport: str | None = None) -> None:
+    """Runs a role to its end, on the loop that suits the transport. An error that a person can mend is one line."""
+    from extproc.app import StartError, loop_for
     from extproc.envoyfile import EnvoyFileError
     from extproc.modelsfile import ModelsFileError
 
     try:
-        asyncio.run(role)
+        with asyncio.Runner(loop_factory=loop_for(transport) if transport else None) as runner:
+            runner.run(role)
     except (StartError, ModelsFileError, EnvoyFileError) as error:
         raise fail(error) from None
 
@@ -67,19 +68,23 @@ def serve(
     models: Models = None,
     state: State = None,
     workers: Workers = None,
+    transport: Annotated[str | None, typer.Option(help="fast, or grpcio as reference [default: fast].")] = None,
 ) -> None:
     """Answer Envoy: the external processor alone."""
     from extproc.serve import serve as role
 
-    run(role(settings_with(listen=listen, flags=flags, models=models, state=state, workers=workers)))
+    settings = settings_with(
+        listen=listen, flags=flags, models=models, state=state, workers=workers, transport=transport
+    )
+    run(role(settings), settings.transport)
 
 
 @app.command(hidden=True)
-def serve_worker(listen: str) -> None:
+def serve_worker(listen: str, transport: str = "fast") -> None:
     """One worker of `serve --workers N`, which starts it."""
     from extproc.serve import serve_worker as role
 
-    run(role(listen))
+    run(role(listen), transport)
 
 
 @app.command()

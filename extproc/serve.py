@@ -148,7 +148,7 @@ async def _serve_with_workers(role: Role) -> None:
     """The parent of N workers: follows the flag file and hands every ruleset to all of them; answers nothing itself."""
     workers = Workers(
         addresses=worker_addresses(role.settings.listen, role.settings.workers),
-        command=lambda address: ("serve-worker", address),
+        command=lambda address: ("serve-worker", address, "--transport", role.settings.transport),
         greeting=pickle.dumps(role.settings),
         tell=role.events.warn,
         grace_s=role.settings.drain_s,

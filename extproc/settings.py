@@ -21,7 +21,7 @@ class Settings(BaseSettings):
     state: Path = Field(Path("state"), description="folder of what programs write")
     listen: str = Field("unix:/run/perch/ext_proc.sock", description="where `serve` listens: unix:PATH or HOST:PORT")
     workers: int = Field(1, ge=1, le=64, description="processes of `serve`, one address each")
-    transport: str = Field("grpcio", pattern="^(grpcio|fast)$", description="ext_proc transport: grpcio or fast")
+    transport: Literal["fast", "grpcio"] = Field("fast", description="ext_proc transport: fast, or grpcio as reference")
     control_listen: str = Field("127.0.0.1:8900", description="where the control API listens")
     envoy_listen: str = Field("127.0.0.1:10000", description="where Envoy listens for clients")
     envoy_admin: str = Field("127.0.0.1:9901", description="Envoy's admin interface: HOST:PORT or unix:PATH")
