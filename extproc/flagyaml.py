@@ -26,7 +26,9 @@ MAX_PROBLEMS = 200
 _LOADER = getattr(yaml, "CLoader", yaml.Loader)  # the C parser: eight times faster, the same events
 _INT = re.compile(r"0|-?[1-9][0-9]{0,30}")
 """`+49` and `-0` stay text: as a number they would not be what a header says."""
-_FLOAT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,30})?\.?[0-9]{1,30}(?:[eE][-+]?[0-9]{1,3})?|[-+]?(?:0|[1-9][0-9]{0,30})\.")
+_FLOAT = re.compile(
+    r"(?=.*[.eE])[-+]?(?:(?:0|[1-9][0-9]{0,30})(?:\.[0-9]{0,30})?|\.[0-9]{1,30})(?:[eE][-+]?[0-9]{1,3})?"
+)
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -70,8 +72,9 @@ def scan_document(content: bytes) -> Document:
     except yaml.MarkedYAMLError as error:
         raise _yaml_error(error, text) from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        column = error.position - text.rfind("\n", 0, error.position)
+        at = len(text.encode()[: error.position].decode(errors="ignore"))  # the C parser counts bytes
+        line = text.count("\n", 0, at) + 1
+        column = at - text.rfind("\n", 0, at)
         character: Any = error.character  # a number, whatever the type says
         message = (
             f"the character {chr(character)!r} is not allowed in YAML" if isinstance(character, int) else str(error)
@@ -189,7 +192,7 @@ class _Builder:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             key = self._node(event, depth + 1).value
             node = self._node(next(self._events), depth + 1)
-            if key == "<<" and getattr(event, "style", None) is None:
+            if key == "<<" and not getattr(event, "style", None):
                 merges.append((event, node))
             elif not isinstance(key, str):
                 self._problem(_place(event), "a key must be text; put it in quotes")
