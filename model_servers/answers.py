@@ -49,13 +49,14 @@ def predictions_of(outputs: Mapping[str, Tensor], manifest: Manifest) -> list[An
 
 def prediction_list(predictions: list[Any]) -> str:
     """The comma list of the first 32: labels percent-encoded, floats `%.6g`, integers and booleans as they are."""
-    return ",".join([_shown(value) for value in predictions[:PREDICTIONS_SHOWN]])
+    shown = predictions[:PREDICTIONS_SHOWN]
+    if shown and type(shown[0]) is int:  # one array's values are all of one type
+        return ",".join(map(str, shown))
+    return ",".join([_shown(value) for value in shown])
 
 
 def _shown(value: Any) -> str:
     kind = type(value)
-    if kind is int:
-        return str(value)
     if kind is float:
         return f"{value:.6g}"
     if kind is bool:

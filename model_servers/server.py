@@ -27,6 +27,7 @@ from model_servers.versions import fingerprint, newest
 
 KEEP_ALIVE_S = 7200.0  # above Envoy's hour for idle connections, so that it never meets one just closed
 FINISH_S = 15.0  # longest wait for requests in flight once the listener is closed
+HURRY_S = 0.05  # the same after a second signal; 0 would mean for ever to aiohttp
 FLUSH_S = 1.0
 
 
@@ -88,7 +89,7 @@ async def _accepting(listener: Listener, state: State, hurry: asyncio.Event) -> 
     finally:
         accepting.close()
         server.pre_shutdown()
-        await server.shutdown(0 if hurry.is_set() else FINISH_S)
+        await server.shutdown(HURRY_S if hurry.is_set() else FINISH_S)
 
 
 async def _warm(settings: Settings, state: State, model: Model) -> Served:

@@ -33,14 +33,15 @@ class Telemetry:
     def __init__(self, metrics: Metrics, *, on: bool) -> None:
         self._metrics = metrics
         self._on = on
-        self._requests: Counter[tuple[str, int]] = Counter()
+        self._requests: dict[tuple[str, int], int] = {}
         self._predictions: dict[str, Counter[Any]] = {}
         self._second = 0
         self._lines = 0
 
     def answered(self, version: str, status: int) -> None:
         """One inference request got this status."""
-        self._requests[version, status] += 1
+        key = (version, status)
+        self._requests[key] = self._requests.get(key, 0) + 1
 
     def predicted(self, version: str, predictions: list[Any]) -> None:
         """The predictions of one response."""
@@ -79,7 +80,7 @@ class Telemetry:
 
     def flush(self) -> None:
         """Sends what has gathered since the last flush."""
-        requests, self._requests = self._requests, Counter()
+        requests, self._requests = self._requests, {}
         for (version, status), n in requests.items():
             self._metrics.count("model.requests", n, model_version=version, status=str(status))
             if status >= 500:

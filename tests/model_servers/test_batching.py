@@ -87,9 +87,9 @@ async def test_a_body_that_never_arrives_holds_others_for_max_wait_only():
     with batcher.arriving():
         async with asyncio.timeout(10):
             await batcher.infer(waiting(1))
+            while batcher._arriving:  # noqa: ASYNC110  its mark expires by itself; later requests do not wait for it
+                await asyncio.sleep(0.001)
     assert batcher._arriving == 0
-    async with asyncio.timeout(10):
-        await batcher.infer(waiting(2))
 
 
 async def test_max_rows_bounds_a_call_and_a_larger_request_goes_alone():

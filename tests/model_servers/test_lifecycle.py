@@ -104,6 +104,43 @@ def test_a_second_signal_cuts_the_drain_short(start_server, artifacts):
     assert server.stop(signal.SIGINT) == 0
 
 
+def test_a_second_signal_does_not_wait_for_a_request_that_never_ends(start_server, artifacts, pixels):
+    server = start_server(artifacts / "digits" / "1", "--drain", "0", "--allow-faults", "--fault", "hang_rate=1")
+    connection = server.connect()
+    connection.request("POST", "/v2/models/digits/infer", json.dumps(pixels(1)))
+    server.request("GET", "/v2/health/live")  # by now the first request is in its hang
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for("draining")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(10) == 0  # shorter than the 15 s that requests in flight are given
+    connection.close()
+
+
+def test_a_model_without_a_row_axis_gets_one_request_per_call(start_server, tmp_path, python_model):
+    code = """
+def load(directory):
+    def predict(inputs):
+        assert inputs["x"].shape == (3,)
+        return {"y": inputs["x"].sum(keepdims=True)}
+    return predict
+"""
+    directory = python_model(tmp_path, code, [("x", "INT32", [3])], [("y", "INT32", [1])])
+    server = start_server(directory, "--drain", "0")
+    document = {"inputs": [{"name": "x", "shape": [3], "datatype": "INT32"}]}
+    replies = {}
+
+    def ask(number):
+        document_n = {"inputs": [{**document["inputs"][0], "data": [number] * 3}]}
+        replies[number] = server.infer(document_n, "own").json["outputs"][0]["data"]
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(20)
+    assert replies == {number: [3 * number] for number in range(20)}
+
+
 def test_a_server_is_alive_but_not_ready_while_it_warms(start_server, tmp_path, python_model):
     flag = tmp_path / "go"
     code = f"""
@@ -199,7 +236,7 @@ def test_the_last_version_stays_in_service_when_its_folder_is_removed(start_serv
 
 def test_a_deadline_from_envoy_or_the_client_is_a_504(start_server, gated):
     directory, flag = gated
-    server = start_server(directory, "--drain", "0")
+    server = start_server(directory, "--drain", "0", "--deadline", "3600")
     document = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [5.0]}]}
     by_envoy = server.infer(document, "own", {"x-envoy-expected-rq-timeout-ms": "50"})
     by_client = server.infer({**document, "parameters": {"timeout": 50_000}}, "own")

@@ -296,6 +296,12 @@ def test_a_client_that_waits_for_100_continue_gets_it(digits_server, pixels):
     assert second.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+def test_a_client_that_announces_too_much_is_refused_before_it_sends(digits_server):
+    head = f"POST {INFER} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1000000000\r\n\r\n".encode()
+    (reply,) = _raw_exchange(digits_server, head)
+    assert reply.startswith(b"HTTP/1.1 413 ")
+
+
 def test_malformed_http_ends_the_connection_and_nothing_else(digits_server, pixels):
     (reply,) = _raw_exchange(digits_server, b"GARBAGE\r\n\r\n")
     assert reply.startswith(b"HTTP/1.0 400")

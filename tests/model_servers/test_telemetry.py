@@ -55,6 +55,7 @@ def test_requests_predictions_and_times_arrive_tagged_by_arm_model_and_version(s
         return sum(found.get((f"perch.model.{name}", tuple(sorted({**versioned, **tags}.items()))), [0]))
 
     assert (total("requests", status="200"), total("requests", status="400")) == (3, 1)
+    assert not any(name == "perch.model.errors" for name, _ in found)  # a client's mistake is none
     for label in set(labels):
         assert total("predictions", prediction=str(label)) == labels.count(label)
     assert total("reloads", result="ok") == 1
