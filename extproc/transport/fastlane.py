@@ -22,7 +22,7 @@ TICK_S: Final = 1.0
 WATCH_S: Final = 0.2
 LINGER_S: Final = 1.0
 """How long the peer may take to read the last bytes and close."""
-SLICE_BYTES: Final = 65_536
+SLICE_BYTES: Final = 32_768
 """Of a longer read only so much is answered at a time: it bounds what one write can hold."""
 
 
@@ -154,8 +154,8 @@ class FastLane:
         if self._server is None or self._listener is None:
             return
         self._stopping = True
+        self._listener.remove_file()  # before the close, as long as nobody else's file can have its inode number
         self._server.close()
-        self._listener.remove_file()
         for link in list(self._links):
             link.drain()
         if self._links:

@@ -72,7 +72,7 @@ def _open_unix(path: Path) -> Listener:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _remove_stale(path)
-        mask = os.umask(0o177)  # the file is born with mode 0600: no moment in which others could connect
+        mask = os.umask(0o077)  # the file is born with mode 0700: no moment in which others could connect
         try:
             opened.bind(os.fspath(path))
         finally:

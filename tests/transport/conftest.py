@@ -355,11 +355,13 @@ class Socket:
         """Frames up to the first wanted one; fails at the end of the stream or the deadline."""
         got: list[Frame] = []
         async with asyncio.timeout(deadline_s):
-            while not any(map(wanted, got)):
+            while True:
                 data = await self.reader.read(65_536)
-                assert data, f"closed after {got}"
-                got += self.wire.read(data)
-        return got
+                assert data, f"closed after {got[-3:]}"
+                new = self.wire.read(data)
+                got += new
+                if any(map(wanted, new)):
+                    return got
 
     async def read_to_end(self, deadline_s: float = 5.0) -> list[Frame]:
         async with asyncio.timeout(deadline_s):

@@ -68,7 +68,7 @@ async def test_the_replies_to_one_read_are_one_write(serve, connect):
 
 async def test_a_connection_error_is_read_by_the_peer_before_the_connection_ends(serve, connect):
     client = await greeted(connect, await serve())
-    client.send(client.wire.data(1, b"idle stream"), *[client.wire.frame("PING", 0, 0, bytes(8))] * 1000)
+    client.send(client.wire.data(1, b"idle stream"), *[client.wire.frame("DATA", 0, 1, bytes(16_000))] * 500)
     got = await client.read_to_end()
     assert (got[-1].kind, got[-1].code) == ("GOAWAY", ErrorCode.PROTOCOL_ERROR)
 
@@ -83,22 +83,35 @@ async def test_no_preface_but_rubbish_ends_the_connection(serve, connect):
 
 
 async def test_a_peer_that_does_not_read_is_not_read_from_and_loses_nothing(serve, connect):
-    """16 MiB of replies to a peer that sleeps: the server holds no more than its buffer, and then sends them all."""
-    reply = bytes(16_000)
-    served = await serve(lambda _message: reply, limits=Limits(write_buffer_bytes=100_000))
+    """16 MB of replies to a peer that sleeps and sends: the server holds little, and then sends them all."""
+    served = await serve(lambda _message: bytes(16_000), limits=Limits(write_buffer_bytes=100_000))
     client = await greeted(connect, served, receive_buffer=16_384)
     wire = client.wire
     client.send(wire.settings((4, 2**31 - 1)), wire.window_update(0, 2**30), wire.headers(1, wire.grpc_fields()))
-    for _ in range(1000):
-        client.send(wire.message(1, b"x"))
-    client.send(wire.data(1, b"", end=True))
+    client.send(*[wire.message(1, b"x")] * 1000)
     (link,) = await _links(served, 1)
     await wait_for(lambda: link._paused_since_s is not None, "the server pauses")
-    for _ in range(50):
-        await asyncio.sleep(0)
-        assert link._transport.get_write_buffer_size() < 100_000 + 65_536 / 15 * 17_000
+    client.send(*[wire.frame(0xFF, 0, 0, bytes(16_000))] * 500)
+    for _ in range(100):
+        await asyncio.sleep(0.002)
+        assert len(link._backlog) < 1_000_000
+    client.send(wire.data(1, b"", end=True))
     got = await client.read_until(lambda frame: frame.kind == "HEADERS" and frame.ends, deadline_s=20)
     assert sum(len(f.payload) for f in got if f.kind == "DATA") == 1000 * 16_005
+
+
+async def test_of_a_large_read_only_a_slice_is_answered_while_the_peer_does_not_read(serve, connect):
+    served = await serve(lambda message: message * 1000, limits=Limits(write_buffer_bytes=100_000))
+    client = await greeted(connect, served, receive_buffer=16_384)
+    wire = client.wire
+    client.send(wire.settings((4, 2**31 - 1)), wire.window_update(0, 2**30), wire.headers(1, wire.grpc_fields()))
+    await client.read_until(lambda frame: frame.kind == "SETTINGS" and frame.payload == b"\0\1\0\0\0\0")
+    (link,) = await _links(served, 1)
+    link.data_received(b"".join(wire.message(1, b"%04d" % number) for number in range(5_000)))  # 20 MB of replies
+    assert link._transport.get_write_buffer_size() < 8_500_000
+    assert len(link._backlog) > 50_000
+    got = await client.read_until(lambda frame: frame.payload.endswith(b"4999"), 20)
+    assert [int(f.payload[-4:]) for f in got if f.kind == "DATA"] == list(range(5_000))
 
 
 async def test_a_peer_that_never_reads_is_cut_off(serve, connect):
@@ -196,7 +209,7 @@ async def test_stop_takes_the_socket_file_away_and_start_works_again(tmp_path):
     lane = FastLane(lambda message: message, lambda: True)
     for _ in range(2):
         address = await lane.start(f"unix:{tmp_path}/run/p.sock")
-        assert stat.S_IMODE((tmp_path / "run/p.sock").stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "run/p.sock").stat().st_mode) == 0o700
         await lane.stop(0.1)
         assert not (tmp_path / "run/p.sock").exists()
         with socket.socket(socket.AF_UNIX) as late, pytest.raises(FileNotFoundError):
