@@ -38,12 +38,13 @@ class Control:
         "_asked",
         "_block_since_s",
         "_heads",
+        "_last_id",
         "_limits",
         "_pinged_s",
         "_quiet_since_s",
         "_sender",
         "_streams",
-        "_unused_since_s",
+        "_used_s",
         "_waits_since_s",
         "closing",
         "drained",
@@ -74,7 +75,8 @@ class Control:
         self.heard = True
         """Something was received since the last tick."""
         self._quiet_since_s = 0.0
-        self._unused_since_s: float | None = None
+        self._last_id = -1
+        self._used_s = 0.0
         self._waits_since_s: float | None = None
         self._block_since_s: float | None = None
         self._pinged_s: float | None = None
@@ -173,9 +175,11 @@ class Control:
             self._pinged_s = None
         self._waits_since_s = self._overdue(self._waits_since_s, now_s, waits=not greeted or bool(self._asked))
         self._block_since_s = self._overdue(self._block_since_s, now_s, waits=within_block)
-        self._unused_since_s = None if self._streams.open else (self._unused_since_s or now_s)
-        if self._unused_since_s is not None and now_s - self._unused_since_s >= limits.idle_s:
-            raise Http2ConnectionError(ErrorCode.NO_ERROR, "idle")
+        if self._streams.open or self._streams.last_id != self._last_id:
+            self._last_id = self._streams.last_id
+            self._used_s = now_s
+        elif now_s - self._used_s >= limits.idle_s:
+            self.drain()
         if self._pinged_s is not None:
             if now_s - self._pinged_s >= limits.ping_timeout_s:
                 raise Http2ConnectionError(ErrorCode.NO_ERROR, "no answer to PING")

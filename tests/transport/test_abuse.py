@@ -165,7 +165,7 @@ def test_a_reset_after_the_answer_is_free_since_envoy_ends_streams_that_way(new_
     wire = peer.wire
     block, message = wire.block(wire.grpc_fields()), wire.message(1, b"x")[9:]
     peer.send(wire.window_update(0, 2**30))
-    for number in range(1, 2 * 20_000, 2):
+    for number in range(1, 2 * 5_000, 2):
         peer.connection.receive(
             wire.frame("HEADERS", 4, number, block) + wire.frame("DATA", 0, number, message) + wire.rst(number)
         )
@@ -192,14 +192,14 @@ def filled_with_blocked_replies(connection: Connection, wire) -> None:
 
 def filled_with_closed_streams(connection: Connection, wire) -> None:
     connection.receive(wire.window_update(0, 2**30))
-    for number in range(1, 20_000, 2):
+    for number in range(1, 6_000, 2):
         connection.receive(wire.headers(number, wire.plain_fields(), end=True))
 
 
 def filled_with_different_heads(connection: Connection, wire) -> None:
     connection.receive(wire.headers(1, wire.grpc_fields()) + wire.settings(flags=1))
     connection.receive(wire.frame("HEADERS", 5, 3, b"\x20" + wire.block(wire.grpc_fields())))
-    for number in range(5, 4_000, 2):
+    for number in range(5, 2_000, 2):
         connection.receive(wire.headers(number, wire.grpc_fields(x=f"{number}" + "v" * 900), end=True))
 
 

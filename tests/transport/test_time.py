@@ -60,7 +60,23 @@ def test_a_connection_without_streams_ends_after_the_idle_time(new_peer):
         tick(peer, float(second))
         peer.send(peer.wire.frame("PING", 1, 0, bytes(8)))
         assert not peer.connection.closing
-    assert [(f.kind, f.code) for f in tick(peer, 901.0)] == [("GOAWAY", ErrorCode.NO_ERROR)]
+    goaway, ping = tick(peer, 901.0)
+    assert (goaway.kind, goaway.code, ping.kind) == ("GOAWAY", ErrorCode.NO_ERROR, "PING")
+    assert tick(peer, 902.0) == []
+    peer.send(peer.wire.frame("PING", 1, 0, ping.payload))
+    assert peer.connection.closing
+
+
+def test_a_connection_with_short_streams_between_the_ticks_is_never_idle(new_peer):
+    peer = new_peer(limits=LIMITS)
+    wire = peer.wire
+    peer.send(wire.headers(1, wire.grpc_fields(), end=True), wire.settings(flags=1))
+    for number in range(1, 40):
+        tick(peer, 100.0 * number)
+        peer.send(wire.frame("HEADERS", 5, 1 + 2 * number, b"\x20" + wire.block(wire.grpc_fields())))
+        assert peer.connection.open_streams == 0
+    assert not peer.connection.closing
+    assert not peer.connection._control.draining
 
 
 def test_a_connection_with_an_open_stream_is_never_idle(new_peer):
