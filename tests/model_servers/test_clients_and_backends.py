@@ -1,13 +1,18 @@
 """The ONNX backend, the training program, and clients that are not ours."""
 
+import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from model_servers.errors import ArtifactError
+from model_servers.manifest import Manifest, write_artifact
 from model_servers.model import load
+from model_servers.tensors import TensorSpec
 
 
 def test_the_onnx_perceptron_answers_as_the_numpy_one(artifacts):
@@ -29,7 +34,7 @@ def test_the_onnx_perceptron_is_served_over_http(start_server, artifacts, pixels
 
 def test_a_graph_that_is_none_is_refused_in_one_line(artifacts, tmp_path):
     pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    from model_servers.manifest import read_manifest, write_artifact
+    from model_servers.manifest import read_manifest
 
     manifest = read_manifest(artifacts / "digits-onnx" / "2")
     write_artifact(tmp_path, manifest, {"model.onnx": b"not a graph"})
@@ -68,7 +73,39 @@ def test_serving_needs_neither_sklearn_nor_scipy_nor_onnx(artifacts):
     assert done.stdout == "[]\n"
 
 
-@pytest.fixture
+def test_the_model_shown_on_the_page_works_and_floats_are_shown_with_six_digits(start_server, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "any-model-server.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    weights = io.BytesIO()
+    np.save(weights, np.array([1 / 3, 1.0]))
+    x, score = TensorSpec("x", "FP64", (-1, 2)), TensorSpec("score", "FP64", (-1,))
+    manifest = Manifest("own", "2024-11-03", "python", (x,), (score,), "score", options={"entry": "model.py:load"})
+    write_artifact(tmp_path, manifest, {"model.py": code.encode(), "weights.npy": weights.getvalue()})
+    server = start_server(tmp_path, "--drain", "0")
+    tensor = {"name": "x", "shape": [3, 2], "datatype": "FP64", "data": [1, 0, 0, 1e7, 3, 0]}
+    reply = server.infer({"inputs": [tensor]}, "own")
+    assert reply.json["outputs"][0]["data"] == [1 / 3, 1e7, 1.0]
+    assert reply.headers["x-model-prediction"] == "0.333333,1e+07,1"
+    assert reply.headers["x-model-version"] == "2024-11-03"
+
+
+def test_a_model_that_asks_for_parameters_gets_each_requests_own(start_server, tmp_path, python_model):
+    code = """
+def load(directory):
+    return lambda inputs, parameters: {"y": inputs["x"] * parameters.get("factor", 1)}
+"""
+    spec = [("x", "INT64", [-1])], [("y", "INT64", [-1])]
+    server = start_server(python_model(tmp_path, code, *spec, options={"parameters": True}), "--drain", "0")
+    tensor = {"name": "x", "shape": [1], "datatype": "INT64", "data": [7]}
+
+    def ask(factor):
+        return server.infer({"inputs": [tensor], "parameters": {"factor": factor}}, "own").json["outputs"][0]["data"]
+
+    with ThreadPoolExecutor(8) as clients:
+        assert list(clients.map(ask, range(40))) == [[7 * factor] for factor in range(40)]
+
+
+@pytest.fixture(scope="module")
 def triton(start_server, artifacts):
     client = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
     server = start_server(artifacts / "digits" / "2", "--drain", "0", tcp=True)
