@@ -40,8 +40,9 @@ def one_of(keys: Sequence[str]) -> dict[str, Any]:
 def condition_schema(schema: dict[str, Any]) -> None:
     """JSON Schema of a condition: one subject with one operator, or one combiner alone."""
     compared = [{"required": [name], **one_of(OPERATORS)} for name in ("header", "cookie")]
-    combined = [{"required": [name]} for name in ("path", "method", "all", "any", "segment")]
-    negated = {"required": ["not"], "properties": {"not": {"type": "object"}}}
+    alone = {"not": {"anyOf": [{"required": [name]} for name in OPERATORS]}}
+    combined = [{"required": [name], **alone} for name in ("path", "method", "all", "any", "segment")]
+    negated = {"required": ["not"], "properties": {"not": {"type": "object"}}, **alone}
     schema["oneOf"] = [*compared, *combined, negated]
 
 
