@@ -58,7 +58,7 @@ def parse_report(data: Any) -> Report:
             for flag, (share, unit) in data["heavy"].items()
         }
         return Report(str(data["worker"]), str(data["boot"]), int(data["seq"]), counts, heavy)
-    except (TypeError, KeyError, AttributeError, IndexError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"no report: {error}") from None
 
 
