@@ -11,8 +11,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
-from aiohttp import web
-from multidict import istr
+from aiohttp import hdrs, web
 
 from model_servers import jsontext
 from model_servers.answers import prediction_list, predictions_of, write_answer
@@ -35,10 +34,8 @@ SERVER = {
 FAULTS_PATH = "/perch/faults"
 _JSON, _RAW = "application/json", "application/octet-stream"
 _READ = ("GET", "HEAD")
-# Looked up in every request; as `istr` their case is folded once and not each time.
-_CONTENT_TYPE = istr("Content-Type")
-_JSON_LENGTH = istr("Inference-Header-Content-Length")
-_ENVOY_TIMEOUT = istr("x-envoy-expected-rq-timeout-ms")
+_JSON_LENGTH = "inference-header-content-length"
+_ENVOY_TIMEOUT = "x-envoy-expected-rq-timeout-ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +168,7 @@ async def _infer(state: State, served: Served, request: web.BaseRequest) -> Writ
 def _require_readable(request: web.BaseRequest) -> int | None:
     """How many bytes of the body are JSON (None: all). Raises Refused for a body of another kind."""
     headers = request.headers
-    content_type = headers.get(_CONTENT_TYPE, _JSON)
+    content_type = headers.get(hdrs.CONTENT_TYPE, _JSON)
     if content_type not in {_JSON, _RAW} and content_type.partition(";")[0].strip().lower() not in {_JSON, _RAW}:
         raise Refused(
             f"content type {content_type!r}; send {_JSON}, or {_RAW} with binary tensors",
