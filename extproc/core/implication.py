@@ -3,11 +3,12 @@
 Careful rather than clever: True is a proof, False only means that none was found.
 """
 
+import functools
 import ipaddress
 from collections.abc import Sequence
 from itertools import product
 
-from extproc.core.conditions import All, AnyOf, Condition, Leaf, Not, Op, Subject, value_test
+from extproc.core.conditions import All, AnyOf, Condition, Leaf, Not, Op, Subject, ValueTest, value_test
 
 MAX_WORK = 2_500
 """Pairs of comparisons that are worth looking at; larger conditions are compared for equality only."""
@@ -112,9 +113,14 @@ def _leaf_implies(a: Leaf, b: Leaf) -> bool:
     if (a.op is Op.CIDR) != (b.op is Op.CIDR):
         return False
     if a.op is Op.IN:
-        accepts = value_test(b.op, b.values)
+        accepts = _accepts(b.op, b.values)
         return all(accepts(value.encode()) for value in a.values)
     return all(any(_value_implies(a.op, x, b.op, y) for y in b.values) for x in a.values)
+
+
+@functools.lru_cache(maxsize=2_000)
+def _accepts(op: Op, values: tuple[str, ...]) -> ValueTest:
+    return value_test(op, values)
 
 
 def _value_implies(a: Op, x: str, b: Op, y: str) -> bool:
