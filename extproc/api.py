@@ -35,7 +35,7 @@ def make_api(sources: Sources) -> web.Application:
 
     async def envoy_stats(request: web.Request) -> web.Response:
         try:
-            content_type, body = await sources.envoy_stats(request.query_string)
+            content_type, body = await sources.envoy_stats(request.rel_url.raw_query_string)
         except OSError as error:
             return web.json_response({"error": str(error)}, status=502)
         return web.Response(body=body, headers={"content-type": content_type})

@@ -47,7 +47,8 @@ def start_exposures(paths: Paths, tell: Any) -> Exposures:
     try:
         return read_exposures(paths.exposure) or Exposures()
     except ExposureError as error:
-        seqs = [int(path.stem.partition(".")[2] or 0) for path in paths.rulesets.glob("*.*.json")]
+        kept = (path.stem.rpartition(".")[2] for path in paths.rulesets.glob("*.*.json"))
+        seqs = [int(seq) for seq in kept if seq.isdecimal()]
         tell("exposure_unreadable", f"{paths.exposure}: {error}; a new one is begun with every gate closed", True)
         return Exposures(max(seqs, default=0) + 1, closed=True)
 
@@ -215,7 +216,7 @@ class Control:
             reports.setblocking(False)
             try:
                 while True:
-                    with contextlib.suppress(ValueError):
+                    with contextlib.suppress(ValueError, RecursionError):
                         self.decided.take(parse_report(json.loads(await loop.sock_recv(reports, 1 << 20))))
             finally:
                 path.unlink(missing_ok=True)

@@ -150,6 +150,8 @@ class Controller:
         view = self.view
         if view is None:
             return "Envoy does not answer"
+        if not self.version:
+            return "no flag file has been read yet"
         if view.ext_proc < 1:
             return "no ext_proc process is healthy"
         for model in self.models:

@@ -1,0 +1,580 @@
+"""The warm gate and the control API: rules with time as an argument, then a real control beside a small Envoy."""
+# ruff: noqa: D102  methods here are named after what they do
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+from aiohttp import web
+from yarl import URL
+
+from extproc.controller import Controller, View
+from extproc.core.exposure import parse_exposures
+from extproc.core.flags import Exposure, Exposures
+from extproc.core.schema import parse
+from extproc.flagyaml import read_document
+from extproc.modelsfile import load_models
+
+DEADLINE_S = 30
+DIGITS, WINE = "digits", "wine"
+
+
+def flags(text: str):
+    return parse(read_document(f"version: 1\nflags: {text}\n".encode()), None).flags
+
+
+BOTH = flags("{digits: {canary: 5}, wine: {canary: 50}}")
+
+
+def view(digits: int = 0, wine: int = 0, *, stable: int = 1, ext_proc: int = 1) -> View:
+    ready = {"digits_canary": digits, "wine_canary": wine, "digits_stable": stable, "wine_stable": stable}
+    return View({**ready, "perch": ext_proc})
+
+
+class Desk:
+    """A controller with everything it wrote and told; `disk_full` makes writing fail."""
+
+    def __init__(self, models, exposures=None, taken=BOTH):
+        self.written = []
+        self.told = []
+        self.disk_full = False
+        self.controller = Controller(
+            models=models,
+            exposures=exposures or Exposures(),
+            write=self.write,
+            tell=lambda kind, text, warning: self.told.append((kind, text, warning)),
+        )
+        self.now_s = 1000.0
+        if taken is not None:
+            self.controller.take_flags(taken, "v.0")
+
+    def write(self, exposures):
+        if self.disk_full:
+            raise OSError(28, "No space left on device")
+        self.written.append(exposures)
+
+    def look(self, *views):
+        for one in views:
+            self.now_s += 0.5
+            self.controller.tick(self.now_s, one)
+
+    def caps(self):
+        return {key: entry.cap for key, entry in self.controller.exposures.flags.items()}
+
+    def kinds(self):
+        return [kind for kind, _, _ in self.told]
+
+
+CLOSED = parse_exposures(
+    {"seq": 4, "flags": {"digits": {"salt": "digits", "cap": 0}, "wine": {"salt": "wine", "cap": 0}}}
+)
+
+
+@pytest.fixture
+def models(folder):
+    return load_models(folder.models)
+
+
+@pytest.fixture
+def desk(models):
+    return Desk(models, CLOSED)
+
+
+def test_a_gate_opens_after_two_looks_and_each_model_has_its_own(desk):
+    desk.look(view(digits=1))
+    assert desk.written == []
+    desk.look(view(digits=1))
+    assert desk.caps() == {DIGITS: 100, WINE: 0}
+    assert desk.written == [desk.controller.exposures]
+    assert desk.controller.exposures.seq == 5
+    assert desk.kinds() == ["canary_warm"]
+    desk.look(view(digits=1, wine=1), view(digits=1, wine=1))  # wine asks for two
+    assert desk.caps() == {DIGITS: 100, WINE: 0}
+    desk.look(view(digits=1, wine=2), view(digits=1, wine=2))
+    assert desk.caps() == {DIGITS: 100, WINE: 100}
+
+
+def test_a_gate_closes_after_three_looks_and_a_look_between_starts_anew(desk):
+    desk.look(view(1), view(1))
+    desk.look(view(0), view(0), view(1), view(0), view(0))
+    assert desk.caps()[DIGITS] == 100
+    desk.look(view(0))
+    assert desk.caps()[DIGITS] == 0
+    assert desk.kinds() == ["canary_warm", "canary_cold"]
+    assert [warning for _, _, warning in desk.told] == [False, True]
+
+
+def test_without_a_view_of_envoy_nothing_changes_and_no_look_is_counted(desk):
+    desk.look(view(1), None, None, None, view(1))
+    assert desk.caps()[DIGITS] == 100
+    desk.look(view(0), None, view(0), None, None, None)
+    assert desk.caps()[DIGITS] == 100
+    desk.look(view(0))
+    assert desk.caps()[DIGITS] == 0
+
+
+def test_two_closures_within_five_minutes_are_a_lost_canary(desk):
+    for _ in range(2):
+        desk.look(view(1), view(1), view(0), view(0), view(0))
+    assert desk.kinds().count("canary_lost") == 1
+    desk.now_s += 600
+    desk.look(view(1), view(1), view(0), view(0), view(0))
+    assert desk.kinds().count("canary_lost") == 1
+
+
+def test_what_the_disk_refused_is_written_at_a_later_tick_and_told_once(desk):
+    desk.disk_full = True
+    desk.look(view(1), view(1), view(1), view(1))
+    assert desk.kinds().count("exposure_not_written") == 1
+    assert desk.written == []
+    desk.look(view(0), view(0), view(0))  # and meanwhile the gate has closed again
+    desk.disk_full = False
+    desk.look(view(0))
+    assert [exposures.flags[DIGITS].cap for exposures in desk.written] == [0]
+    assert desk.written[-1].seq > CLOSED.seq
+    desk.look(view(0), view(0))
+    assert len(desk.written) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_open"),
+    [({"salt": "digits", "cap": 100}, True), ({"salt": "digits", "cap": 0}, False), ({"salt": "old", "cap": 0}, True)],
+)
+def test_a_restarted_controller_finds_its_gates_as_the_exposures_say(models, entry, is_open):
+    """An entry of another salt does not count: serve lets the flag's users through, so the gate is open."""
+    desk = Desk(models, parse_exposures({"seq": 4, "flags": {"digits": entry}}))
+    assert desk.caps()[DIGITS] == (100 if is_open else 0)
+    desk.look(view(0), view(0))
+    assert desk.caps()[DIGITS] == (100 if is_open else 0)
+
+
+def test_a_restarted_controller_keeps_where_a_rollout_was(models):
+    was = Exposure(salt="digits", attempt=2, canary_version="7", step=3, percent=Decimal(25), cap=100)
+    desk = Desk(models, Exposures(40, {DIGITS: was}))
+    desk.look(view(0), view(0), view(0))
+    assert desk.controller.exposures.flags[DIGITS] == Exposure(
+        salt="digits", attempt=2, canary_version="7", step=3, percent=Decimal(25), cap=0
+    )
+
+
+def test_before_the_flags_are_known_nothing_is_written(models):
+    desk = Desk(models, CLOSED, taken=None)
+    desk.look(view(0), view(0), view(1), view(1))
+    assert desk.written == []
+    assert desk.controller.exposures == CLOSED
+    assert desk.controller.not_ready() == "no flag file has been read yet"  # who wants a canary is not known either
+
+
+def test_a_flag_that_comes_later_begins_with_its_models_gate(models):
+    desk = Desk(models, taken=())
+    desk.look(view(digits=1), view(digits=1))
+    desk.controller.take_flags(BOTH, "v.1")
+    assert desk.caps() == {DIGITS: 100, WINE: 0}
+    assert desk.written[-1] == desk.controller.exposures
+
+
+def test_a_new_salt_keeps_the_gate_and_begins_a_new_entry(desk):
+    desk.controller.take_flags(flags("{digits: {canary: 5, salt: new}}"), "v.1")
+    assert desk.controller.exposures.flags[DIGITS] == Exposure(salt="new", cap=0)
+
+
+def test_ready_needs_everything_once_and_later_the_path_of_stable_alone(desk):
+    said = [desk.controller.not_ready()]
+    for one in (view(ext_proc=0), view(stable=0), view(), view(1), view(1), view(1, 2), view(1, 2)):
+        desk.look(one)
+        said.append(desk.controller.not_ready())
+    assert said == [
+        "Envoy does not answer",
+        "no ext_proc process is healthy",
+        "no stable server of digits is ready",
+        "the canary of digits is not warm",
+        "the canary of digits is not warm",
+        "the canary of wine is not warm",
+        "the canary of wine is not warm",
+        None,
+    ]
+    desk.look(*[view()] * 5)
+    assert desk.caps() == {DIGITS: 0, WINE: 0}
+    assert desk.controller.not_ready() is None
+    desk.look(view(stable=0))
+    assert desk.controller.not_ready() == "no stable server of digits is ready"
+    desk.look(None)
+    assert desk.controller.not_ready() == "Envoy does not answer"
+
+
+@pytest.mark.parametrize("text", ["{digits: {canary: 0}}", "{digits: {canary: 50, enabled: false}}", "{}"])
+def test_a_canary_that_nobody_wants_is_not_waited_for(models, text):
+    desk = Desk(models, CLOSED, taken=flags(text))
+    desk.look(view())
+    assert desk.controller.not_ready() is None
+
+
+def test_the_status_says_what_is_held_and_what_is_wanted(desk):
+    desk.look(view(1), view(1))
+    status = desk.controller.status()
+    assert {key: (row["effective_percent"], row["wanted_percent"], row["held"]) for key, row in status.items()} == {
+        DIGITS: (5.0, 5.0, False),
+        WINE: (0.0, 50.0, True),
+    }
+    assert status[DIGITS]["ready"] == {"stable": 1, "canary": 1}
+
+
+# The real process.
+
+
+class SmallEnvoy:
+    """Envoy's admin interface, as far as control asks it: hosts and their health, a few counters."""
+
+    def __init__(self):
+        self.healthy = {"perch": 1, "digits_stable": 1, "digits_canary": 0, "wine_stable": 1, "wine_canary": 0}
+        self.broken = ""
+        self.asked = []
+
+    async def clusters(self, _request):
+        if self.broken:
+            return web.Response(text=self.broken)
+        hosts = {name: [self.host(i, n) for i in range(2)] for name, n in self.healthy.items()}
+        return web.json_response(
+            {"cluster_statuses": [{"name": name, "host_statuses": rows} for name, rows in hosts.items()]}
+        )
+
+    @staticmethod
+    def host(i, healthy):
+        health = {"eds_health_status": "HEALTHY"} | ({} if i < healthy else {"failed_active_health_check": True})
+        return {"address": {"pipe": {"path": f"/{i}"}}, "health_status": health}
+
+    async def stats(self, request):
+        self.asked.append(request.rel_url.raw_query_string)
+        stats = [{"name": "http.ing.ext_proc.perch.failure_mode_allowed", "value": 3}]
+        return web.json_response({"stats": stats})
+
+    def app(self):
+        app = web.Application()
+        app.add_routes([web.get("/clusters", self.clusters), web.get("/stats", self.stats)])
+        return app
+
+
+class ControlProcess:
+    """A `perch control` whose API is a unix socket."""
+
+    def __init__(self, folder, service, admin, **settings):
+        self.folder, self.service = folder, service
+        self.listen = folder.root / "control.sock"
+        self.settings = {
+            "envoy_admin": admin, "control_listen": f"unix:{self.listen}", "xds": folder.root / "xds",
+            "access_log": f"unix:{folder.root}/als.sock", "listen": f"unix:{folder.socket}", **settings,
+        }  # fmt: skip
+        self.process = None
+
+    async def start(self):
+        log = (self.folder.root / "control.log").open("ab")
+        with contextlib.closing(log):
+            self.process = subprocess.Popen(  # noqa: ASYNC220  starting blocks no longer than a fork
+                [sys.executable, "-m", "extproc", "control"],
+                env=self.service.environment(self.folder, **self.settings), cwd=self.folder.root,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        await self.until(self.answers, "the API answers")
+        return self
+
+    def log(self):
+        return (self.folder.root / "control.log").read_text()
+
+    async def until(self, condition, what):
+        end = asyncio.get_running_loop().time() + DEADLINE_S
+        while asyncio.get_running_loop().time() < end:
+            assert self.process.poll() is None, self.log()
+            found = condition()
+            if found := (await found if asyncio.iscoroutine(found) else found):
+                return found
+            await asyncio.sleep(0.05)
+        return pytest.fail(f"still not after {DEADLINE_S} s: {what}\n{self.log()}")
+
+    async def get(self, path):
+        """Status and body."""
+        connector = aiohttp.UnixConnector(str(self.listen))
+        url = URL(f"http://control{path}", encoded=True)
+        async with aiohttp.ClientSession(connector=connector) as session, session.get(url) as answer:
+            return answer.status, await answer.text()
+
+    async def answers(self):
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            return (await self.get("/livez"))[0] == 200
+        return False
+
+    async def status(self):
+        code, body = await self.get("/v1/status")
+        assert code == 200
+        return json.loads(body)
+
+    async def readyz(self, code):
+        return (await self.get("/readyz"))[0] == code
+
+    def exposures(self):
+        with contextlib.suppress(OSError):
+            return json.loads((self.folder.state / "exposure.json").read_text())
+        return {"flags": {}}
+
+    def cap(self, key=DIGITS):
+        return self.exposures()["flags"].get(key, {}).get("cap")
+
+    async def end(self):
+        self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+
+@pytest.fixture
+async def envoy():
+    small = SmallEnvoy()
+    runner = web.AppRunner(small.app())
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    small.address = f"127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    small.runner = runner
+    yield small
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def start_control(folder, service, envoy):
+    started = []
+
+    async def start(**settings):
+        control = ControlProcess(folder, service, envoy.address, **settings)
+        started.append(control)
+        return await control.start()
+
+    yield start
+    for control in started:
+        await control.end()
+
+
+def closed(folder):
+    folder.put_exposures(json.dumps({"seq": 7, "flags": {"digits": {"salt": "digits", "cap": 0}}}))
+
+
+async def test_control_opens_the_gate_when_the_canary_is_warm_and_closes_it_when_it_is_gone(
+    folder, service, envoy, start_control
+):
+    folder.put(service.flags_yaml(5))
+    closed(folder)
+    control = await start_control()
+    await control.until(lambda: _said(control, "the canary of digits is not warm"), "what is missing")
+    assert await control.readyz(503)
+    status = await control.status()
+    assert (status["flags"][DIGITS]["held"], status["flags"][DIGITS]["effective_percent"]) == (True, 0.0)
+    envoy.healthy["digits_canary"] = 1
+    await control.until(lambda: control.readyz(200), "ready")
+    assert control.cap() == 100
+    written = control.exposures()
+    assert written["seq"] > 7
+    assert written["written_by"] == "control"
+    envoy.healthy["digits_canary"] = 0
+    await control.until(lambda: control.cap() == 0, "the gate is closed")
+    assert control.exposures()["seq"] > written["seq"]
+    assert await control.readyz(200)  # the path of stable is there
+    events = [json.loads(line) for line in (folder.state / "audit.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds.index("canary_warm") < kinds.index("canary_cold")
+    assert all(event["time"].endswith("+00:00") for event in events)
+
+
+async def _said(control, text):
+    return text in (await control.get("/readyz"))[1]
+
+
+async def test_the_status_has_the_keys_that_programs_rely_on(folder, service, envoy, start_control):
+    folder.put(service.flags_yaml("12.345"))
+    envoy.healthy |= {"digits_canary": 2, "wine_canary": 2}
+    control = await start_control()
+    await control.until(lambda: control.readyz(200), "ready")
+    status = await control.status()
+    row = status["flags"][DIGITS]
+    assert row["effective_percent"] == 12.345
+    assert row["held"] is False
+    assert row["version"].partition(".")[0] == service.digest(folder.flags.read_bytes())
+    assert row["ready"] == {"stable": 1, "canary": 2}
+    assert status["envoy"]["failure_mode_allowed"] == 3
+    assert status["flag_file"]["problems"] == []
+    folder.flags.write_text("version: 1\nflags: [")
+    found = await control.until(lambda: _problems(control), "the problem is shown")
+    assert found[0].startswith(f"{folder.flags}:")
+    assert (await control.status())["flags"][DIGITS]["effective_percent"] == 12.345
+
+
+async def _problems(control):
+    return (await control.status())["flag_file"]["problems"]
+
+
+async def test_an_envoy_that_does_not_answer_changes_no_gate(folder, service, envoy, start_control):
+    folder.put(service.flags_yaml(5))
+    envoy.healthy["digits_canary"] = 1
+    control = await start_control()
+    await control.until(lambda: control.readyz(200), "ready")
+    seq = control.exposures()["seq"]
+    envoy.broken = '{"cluster_statuses": 5}'
+    await control.until(lambda: _said(control, "Envoy does not answer"), "told")
+    envoy.broken = "<html>"
+    status = await control.status()
+    assert status["ready"] is False
+    await envoy.runner.cleanup()
+    await control.until(lambda: _envoy_gone(control), "no counters")
+    assert (await control.get("/envoy/stats"))[0] == 502
+    assert control.exposures()["seq"] == seq
+    assert control.cap() == 100
+
+
+async def _envoy_gone(control):
+    return (await control.status())["envoy"] is None
+
+
+async def test_envoys_stats_are_passed_on_with_their_query_as_it_came(envoy, start_control):
+    control = await start_control()
+    code, body = await control.get("/envoy/stats?format=json&filter=a%2526b%23c")
+    assert code == 200
+    assert "failure_mode_allowed" in body
+    assert "format=json&filter=a%2526b%23c" in envoy.asked
+
+
+def forwarded(folder):
+    """The headers that the file for Envoy names."""
+    text = (folder.root / "xds" / "ecds.yaml").read_text()
+    patterns = yaml.safe_load(text)["resources"][0]["typed_config"]["forward_rules"]["allowed_headers"]["patterns"]
+    return {pattern["exact"] for pattern in patterns}
+
+
+async def test_a_header_that_a_flag_names_is_forwarded_and_survives_a_restart(folder, service, envoy, start_control):
+    folder.put(service.flags_yaml(5))
+    control = await start_control()
+    await control.until((folder.root / "xds" / "ecds.yaml").exists, "the files are there")
+    assert "x-account-id" not in forwarded(folder)
+    folder.put(service.flags_yaml(5, more="unit: [x-account-id, 'cookie:sid']"))
+    await control.until(lambda: {"x-account-id", "cookie"} <= forwarded(folder), "the headers are forwarded")
+    await control.end()
+    before = (folder.root / "xds" / "ecds.yaml").stat().st_ino
+    again = await start_control()
+    await again.until(lambda: _knows(again), "the flags are known")
+    assert (folder.root / "xds" / "ecds.yaml").stat().st_ino == before  # never written, so never without them
+    assert {"x-account-id", "cookie"} <= forwarded(folder)
+
+
+async def _knows(control):
+    return (await control.status())["flag_file"]["version"]
+
+
+async def test_after_corrupt_exposures_a_new_file_is_begun_above_every_version_that_was_served(
+    folder, service, envoy, start_control
+):
+    folder.put(service.flags_yaml(5))
+    folder.put_exposures("{ torn")
+    (folder.state / "rulesets").mkdir()
+    (folder.state / "rulesets" / "0123456789ab.41.json").write_text("{}")
+    (folder.state / "rulesets" / "notes.by.hand.json").write_text("{}")
+    control = await start_control()
+    await control.until(lambda: _knows(control), "the flags are known")
+    await control.until(lambda: control.cap() == 0, "a new file with a closed gate")
+    assert control.exposures()["seq"] > 41
+
+
+async def test_garbage_for_the_counters_ends_nothing(folder, service, envoy, start_control):
+    path = folder.root / "counters.sock"
+    control = await start_control(counters=path)
+    await control.until(path.is_socket, "the counters' socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        for garbage in (b"", b"{", b"\xff", b"[]", b"5", b"null", b"{}", b'{"worker": 5, "counts": 7}', b"[" * 100_000):
+            sender.sendto(garbage, str(path))
+    assert (await control.get("/v1/status"))[0] == 200
+    await asyncio.sleep(0)
+    assert control.process.poll() is None
+    assert (await control.get("/livez"))[0] == 200
+
+
+async def test_sigterm_ends_control_with_zero_and_leaves_no_process(folder, service, envoy, start_control):
+    folder.put(service.flags_yaml(5))
+    control = await start_control()
+    await control.until(lambda: _knows(control), "the flags are known")
+    children = service.children_of(control.process.pid)
+    control.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(control.process.wait, DEADLINE_S) == 0
+    await asyncio.to_thread(service.wait_until, lambda: not any(map(service.is_alive, children)), "no child is left")
+    assert "Traceback" not in control.log()
+
+
+async def test_serve_follows_control_and_goes_on_without_it(folder, service, envoy, start_control, launch):
+    folder.put(service.flags_yaml(100))
+    closed(folder)
+    perch = await asyncio.to_thread(launch)
+
+    async def decides(cohort, reason):
+        async def right():
+            return (await asyncio.to_thread(perch.ask)).what == (cohort, reason)
+
+        await control.until(right, f"{cohort} {reason}")
+
+    control = await start_control()
+    await decides("stable", "HELD")
+    envoy.healthy["digits_canary"] = 2
+    await decides("canary", "SPLIT")
+    serving, told = perch.version(), (await control.status())["flags"][DIGITS]["version"]
+    assert serving == told
+    await control.end()
+    envoy.healthy["digits_canary"] = 0
+    for _ in range(20):
+        assert (await asyncio.to_thread(perch.ask)).what == ("canary", "SPLIT")
+    text = service.flags_yaml(0, more="description: without control")
+    assert (await asyncio.to_thread(perch.put, text)).what == ("stable", "SPLIT")
+
+
+async def test_a_taken_address_is_named(folder, service, envoy):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "extproc", "control", "--listen", address]
+        environment = service.environment(folder, envoy_admin=envoy.address)
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment, cwd=folder.root, stderr=asyncio.subprocess.PIPE
+        )
+        _, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    assert process.returncode == 1
+    assert f"cannot listen at {address}" in said.decode()
+    assert "Traceback" not in said.decode()
+
+
+@pytest.mark.parametrize(("name", "value"), [("envoy_admin", "nonsense"), ("control_listen", "nonsense")])
+async def test_a_bad_address_is_one_line_that_names_its_variable(folder, service, name, value):
+    environment = service.environment(folder, **{name: value})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "extproc", "control", env=environment, cwd=folder.root, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    assert process.returncode == 2
+    (line,) = said.decode().splitlines()
+    assert line.startswith(f"perch: PERCH_{name.upper()}: ")
+
+
+def test_close_gates_caps_every_flag_and_keeps_the_rest(folder, service):
+    from extproc.control import close_gates
+    from extproc.settings import Settings
+
+    settings = Settings(flags=folder.flags, state=folder.state, models=folder.models)
+    models = load_models(folder.models)
+    close_gates(settings, models)  # no flag file: nobody to let through, nothing to write
+    assert not (folder.state / "exposure.json").exists()
+    folder.put(service.flags_yaml(5))
+    folder.put_exposures(json.dumps({"seq": 3, "flags": {"digits": {"salt": "digits", "percent": 25, "step": 2}}}))
+    close_gates(settings, models)
+    entry = json.loads((folder.state / "exposure.json").read_text())["flags"]["digits"]
+    assert (entry["percent"], entry["step"], entry["cap"]) == (25, 2, 0)
+    folder.flags.write_text("version: 1\nflags: [")
+    Path(folder.state / "flags.last-good.yaml").write_text(service.flags_yaml(5, salt="other"))
+    close_gates(settings, models)
+    assert json.loads((folder.state / "exposure.json").read_text())["flags"]["digits"]["salt"] == "other"
