@@ -93,8 +93,13 @@ async def _accepting(listener: Listener, state: State, hurry: asyncio.Event) -> 
 
 
 async def _warm(settings: Settings, state: State, model: Model) -> Served:
+    """Raises ArtifactError when the model fails at what clients will ask of it."""
     seen = partial(_note_batch, state.telemetry, model.manifest.version)
-    served = await warm_up(model, settings.limits, seen)
+    try:
+        served = await warm_up(model, settings.limits, seen)
+    except Exception as error:
+        where = settings.rules.root
+        raise ArtifactError(f"{where}: version {model.manifest.version} fails while warming up: {error!r}") from error
     state.telemetry.reloaded(model.manifest.version, "ok", served.warmth.seconds)
     return served
 

@@ -222,6 +222,32 @@ def test_a_bad_new_version_leaves_the_old_one_in_service_until_it_is_whole(start
     assert server.infer(pixels(1)).headers["x-model-version"] == "2-mlp"
 
 
+def test_a_new_version_that_fails_while_warming_is_refused_and_the_old_one_serves_on(
+    start_server, tmp_path, python_model
+):
+    fine = "def load(d): return lambda i: {'y': i['x']}"
+    faulty = """
+def load(directory):
+    def predict(inputs):
+        assert len(inputs["x"]) == 1, "one row only"
+        return {"y": inputs["x"]}
+    return predict
+"""
+    spec = [("x", "FP32", [-1])], [("y", "FP32", [-1])]
+    python_model(tmp_path / "1", fine, *spec, version="1")
+    server = start_server(tmp_path, "--reload-interval", "0.05", "--drain", "0")
+    python_model(tmp_path / "2", faulty, *spec, version="2")
+    line = json.loads(server.process.stderr.readline())
+    assert line["event"] == "version_rejected"
+    assert "one row only" in line["error"]
+    assert _ask(server, 1.0).headers["x-model-version"] == "1"
+    alone = start_server(tmp_path / "2", ready=False)
+    assert alone.process.wait(20) == 1
+    assert (
+        alone.process.stderr.read().decode().startswith(f"model_servers: {tmp_path}/2: version 2 fails while warming")
+    )
+
+
 def test_the_last_version_stays_in_service_when_its_folder_is_removed(start_server, artifacts, tmp_path, pixels):
     root = tmp_path / "digits"
     shutil.copytree(artifacts / "digits" / "1", root)
