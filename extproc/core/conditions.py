@@ -8,7 +8,8 @@ compared as bytes, case-sensitive.
 import functools
 import ipaddress
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -197,8 +198,7 @@ def value_test(op: Op, values: Sequence[str]) -> ValueTest:
             expressions = tuple(compile_regex(value) for value in values)
             return lambda value: any(expression.search(value) is not None for expression in expressions)
         case Op.SEMVER:
-            ranges = tuple(parse_semver_range(value) for value in values)
-            return lambda value: in_semver_ranges(value, ranges)
+            return _semver_test(map(parse_semver_range, values))
         case Op.CIDR:
             return _network_test(tuple(ipaddress.ip_network(value) for value in values))
         case Op.EXISTS:
@@ -254,7 +254,11 @@ _COMPARATOR = re.compile(
 )
 
 SemverKey = tuple[int, int, int, tuple[tuple[int, int, bytes], ...]]
-Comparator = tuple[str, SemverKey]
+SemverRange = tuple[SemverKey, SemverKey]
+"""The versions from the first key on, up to but without the second."""
+
+_LOWEST: SemverKey = (0, 0, 0, ())
+_ABOVE_ALL: SemverKey = (10**18, 0, 0, ())  # a part has at most 18 digits
 
 _RELEASE: tuple[tuple[int, int, bytes], ...] = ((2, 0, b""),)
 """Sorts a release after each of its pre-releases, whose identifiers begin with 0 (numbers) or 1 (words)."""
@@ -282,44 +286,49 @@ def _identifier_key(part: bytes) -> tuple[int, int, bytes]:
     return 0, len(digits), digits
 
 
-def parse_semver_range(text: str) -> tuple[Comparator, ...]:
-    """`>=2.1.0 <3`, `^1.4`, `~1.4.2`, `1.2.3`: comparators that must all hold. Raises ValueError."""
-    comparators: list[Comparator] = []
+def parse_semver_range(text: str) -> SemverRange:
+    """`>=2.1.0 <3`, `^1.4`, `~1.4.2`, `1.2.3`: comparisons that must all hold. Raises ValueError."""
+    low, high = _LOWEST, _ABOVE_ALL
     for word in text.replace(",", " ").split():
         match = _COMPARATOR.fullmatch(word)
         if match is None or (match[5] is not None and match[4] is None):
             raise ValueError(f"{word!r} is no version comparison; write for example >=2.1.0 <3")
-        comparators.extend(_comparators(match))
-    if not comparators:
+        first, end = _compared(match)
+        low, high = max(low, first), min(high, end)
+    if not text.replace(",", " ").strip():
         raise ValueError("a version range is empty; write for example >=2.1.0 <3")
-    return tuple(comparators)
+    if low >= high:
+        raise ValueError(f"no version is in {text!r}; write for example >=2.1.0 <3")
+    return low, high
 
 
-def _comparators(match: re.Match[str]) -> list[Comparator]:
+def _compared(match: re.Match[str]) -> SemverRange:
+    """The versions that one comparison takes. A part that is left out stands for all its values: `>3` begins at 4."""
     op, major, minor, patch = match[1] or "=", int(match[2]), match[3], match[4]
-    prerelease = _prerelease_key(match[5].encode() if match[5] else None)
-    low: SemverKey = (major, int(minor or 0), int(patch or 0), prerelease)
-    if op == "^":
-        first = 0 if major or minor is None else 1 if int(minor) or patch is None else 2
-        return [(">=", low), ("<", _next(low, first))]
-    if op == "~":
-        return [(">=", low), ("<", _next(low, 0 if minor is None else 1))]
-    if patch is not None:
-        return [(op, low)]
-    # A part that is left out stands for all its values: `>3` begins at 4, `<=1.2` goes on to 1.3. And `<3` leaves out
-    # 3.0.0-rc.1 too: who writes it means the third version, not its last pre-release.
-    above = _next(low, 0 if minor is None else 1)
+    low: SemverKey = (major, int(minor or 0), int(patch or 0), _prerelease_key(match[5].encode() if match[5] else None))
+    above = _after(low) if patch is not None else _next(low, 0 if minor is None else 1)
     match op:
+        case "^":
+            first = 0 if major or minor is None else 1 if int(minor) or patch is None else 2
+            return low, _next(low, first)
+        case "~":
+            return low, _next(low, 0 if minor is None else 1)
         case ">=":
-            return [(">=", low)]
-        case "<":
-            return [("<", (*low[:3], ()))]
+            return low, _ABOVE_ALL
         case ">":
-            return [(">=", above)]
+            return above, _ABOVE_ALL
+        case "<":
+            # `<3` leaves out 3.0.0-rc.1 too: who writes it means the third version, not its last pre-release.
+            return _LOWEST, low if patch is not None else (*low[:3], ())
         case "<=":
-            return [("<", above)]
+            return _LOWEST, above
         case _:
-            return [(">=", low), ("<", above)]
+            return low, above
+
+
+def _after(key: SemverKey) -> SemverKey:
+    """The key next to this one: no version comes between, since 0 is the least that can follow in a pre-release."""
+    return (*key[:3], (*key[3], (0, 0, b"")))
 
 
 def _next(key: SemverKey, place: int) -> SemverKey:
@@ -330,21 +339,17 @@ def _next(key: SemverKey, place: int) -> SemverKey:
     return parts[0], parts[1], parts[2], ()
 
 
-def in_semver_ranges(value: bytes, ranges: Sequence[Sequence[Comparator]]) -> bool:
-    """Whether a version satisfies all comparators of one of the ranges; what is no version satisfies none."""
-    key = semver_key(value)
-    return key is not None and any(all(_compares(key, op, other) for op, other in each) for each in ranges)
+def _semver_test(ranges: Iterable[SemverRange]) -> ValueTest:
+    """Whether a version is in one of the ranges, by one search however many there are."""
+    bounds: list[SemverKey] = []
+    for low, high in sorted(ranges):
+        if bounds and low <= bounds[-1]:
+            bounds[-1] = max(bounds[-1], high)
+        else:
+            bounds += [low, high]
 
+    def test(value: bytes) -> bool:
+        key = semver_key(value)
+        return key is not None and bisect_right(bounds, key) % 2 == 1
 
-def _compares(key: SemverKey, op: str, other: SemverKey) -> bool:
-    match op:
-        case ">=":
-            return key >= other
-        case ">":
-            return key > other
-        case "<=":
-            return key <= other
-        case "<":
-            return key < other
-        case _:
-            return key == other
+    return test

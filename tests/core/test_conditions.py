@@ -1,6 +1,8 @@
 """What one condition says about one request."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from extproc.core.conditions import (
     All,
@@ -198,6 +200,9 @@ RANGES = {
 }
 
 
+VERSIONS = sorted({version for pair in RANGES.values() for text in pair for version in text.split()})
+
+
 @pytest.mark.parametrize("text", RANGES)
 def test_a_range_takes_what_people_mean_by_it(text):
     yes, no = RANGES[text]
@@ -219,6 +224,12 @@ def test_a_version_with_more_digits_than_python_would_read_is_compared(build):
     longest = "1.0.0-" + "9" * 100_000
     assert holds(build, leaf, ("x-tenant", longest))
     assert not holds(build, header(Op.SEMVER, ">=1.0.0"), ("x-tenant", longest))
+
+
+@given(ranges=st.lists(st.sampled_from(list(RANGES)), min_size=1, max_size=4), version=st.sampled_from(list(VERSIONS)))
+def test_several_ranges_take_what_one_of_them_takes(ranges, version):
+    each = any(value_test(Op.SEMVER, [text])(version.encode()) for text in ranges)
+    assert value_test(Op.SEMVER, ranges)(version.encode()) == each
 
 
 # Expressions.
