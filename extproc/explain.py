@@ -168,7 +168,11 @@ def explain(loaded: Loaded, key: str, unit: str | None, headers: Sequence[str]) 
     plan = loaded.ruleset.plans[loaded.models[flag.model].encode()]
     if not isinstance(plan, Plan):
         raise ExplainError(f"the flag {key} is not in the ruleset")
-    return Explanation(decide(loaded.ruleset, request), plan, loaded.ruleset.version)
+    decision = decide(loaded.ruleset, request)
+    if decision.choice.flag != key:
+        where = f"the flag {decision.choice.flag}" if decision.choice.flag else "no flag"
+        raise ExplainError(f"the :path given leads to {where}; leave it out, or ask for that one")
+    return Explanation(decision, plan, loaded.ruleset.version)
 
 
 def request_for(flag: Flag, prefix: str, unit: str | None, headers: Sequence[str]) -> Request:
