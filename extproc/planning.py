@@ -140,7 +140,7 @@ _ASCII = str.maketrans({FULL: "#", EMPTY: ".", "→": ">"})
 def _flag_lines(each: FlagPlan, counted: Counted | None) -> Iterator[str]:
     yield f"{each.key} (model {each.model})"
     yield from (f"  {line}" for line in picture(each))
-    yield f"  of the users whom the percentage decides about, {_move_text(each.users)}"
+    yield f"  of those whom the percentage decides about, {_move_text(each.users)}"
     if counted is not None:
         yield f"  of {counted.units:,} units counted, {counted.to_canary:,} to canary, {counted.to_stable:,} to stable"
     yield from (f"  {_group_text(group)}" for group in each.groups)
