@@ -4,7 +4,7 @@
 
     requests     counter, tag status         batch_rows, batch_requests   per call of the model
     errors       counter, 5xx only           queue_ms, inference_ms       per call of the model
-    predictions  counter, tag prediction     rss_bytes, queued            gauges
+    predictions  counter, tag prediction     rss_bytes                    gauge
     reloads      counter, tag result         warm_ms                      gauge, the last warm-up
 
 `predictions` counts classes; a float prediction is rounded to one significant digit, which makes the counter a
