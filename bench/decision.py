@@ -1,7 +1,6 @@
 """What a decision costs: the pure core, with one flag and with 10,000, and the whole answer from bytes to bytes."""
 
 import statistics
-import sys
 import timeit
 from collections.abc import Callable
 from decimal import Decimal
@@ -68,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
