@@ -50,5 +50,5 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing perch and its development tools into $(VENV) (once)"
-	@$(PIP) install --constraint constraints.txt --editable '.[run,train,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[run,train,onnx,dev]'
 	@touch $@ $(VENV)/.run
