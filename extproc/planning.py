@@ -148,8 +148,16 @@ def _flag_lines(each: FlagPlan, counted: Counted | None) -> Iterator[str]:
         yield f"  {change.what}: {change.before or '(nothing)'} → {change.after or '(nothing)'}"
     if each.rollout:
         yield f"  {each.rollout}"
+    if _held(each):
+        yield "  the canary is not warm: nobody is on it now, and all of this holds once it is"
     yield from (f"  warning: {notice.message}" for notice in each.notices)
     yield ""
+
+
+def _held(each: FlagPlan) -> bool:
+    """Whether the warm gate of the flag that is served is closed."""
+    exposure = each.before.exposure if each.before is not None else None
+    return exposure is not None and exposure.cap == 0
 
 
 def _move_text(move: Move) -> str:
@@ -219,6 +227,7 @@ def _plain(each: FlagPlan, counted: Counted | None) -> dict[str, Any]:
         "after": _side(each.after),
         **_move(each.users),
         "moves_back": each.moves_back,
+        "held": _held(each),
         "rules": [
             {"from": group.before.rule or None, "to": group.after.rule or None, **_move(group.move)}
             for group in each.groups

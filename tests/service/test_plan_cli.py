@@ -90,10 +90,12 @@ def test_what_is_served_includes_what_the_controller_decided(plan, folder):
     code, out, _ = plan(rollout.replace("canary: 5}", "canary: 10}"))
     assert code == 0
     assert "  the rollout keeps its 60 %; the new steps and guardrails count from its next look on" in out
+    assert "  the canary is not warm: nobody is on it now, and all of this holds once it is" in out
     code, out, _ = plan(flags(10), "--json")
     assert code == 3
     whole = json.loads("\n".join(out))
     assert whole["before"].endswith(".4")
+    assert whole["flags"]["digits"]["held"] is True
     assert whole["flags"]["digits"]["to_stable_percent"] == 50
 
 
