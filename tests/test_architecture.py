@@ -1,6 +1,7 @@
 """The import table of the house, and the laws that can be read from the source. A new module needs a row here."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def our_module(target: str) -> str | None:
     return rest
 
 
+@functools.cache
 def rows() -> dict[str, tuple[set[str], set[str]]]:
     """Module -> what it may import of ours, and of others."""
     cells = [[cell.strip() for cell in line.split("|")] for line in TABLE.strip().splitlines()[2:]]

@@ -408,7 +408,7 @@ ENTRIES = st.fixed_dictionaries(
 MODELS = {"a": "/a/", "ab": "/a/b/", "c": "/c/"}
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     flags=st.dictionaries(st.sampled_from(list(MODELS)), FLAG_VALUES),
     entries=st.dictionaries(st.sampled_from(list(MODELS)), ENTRIES),

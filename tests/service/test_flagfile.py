@@ -336,7 +336,7 @@ def test_what_was_served_is_kept_under_its_version(perch, service):
     assert not list(perch.folder.state.glob(".*"))
 
 
-def test_no_request_is_lost_or_torn_over_fifty_edits(perch, service):
+def test_no_request_is_lost_or_torn_over_many_edits(perch, service):
     """Every answer names a version that was published, and the cohort that this version says."""
     versions = {}
     stop = threading.Event()
@@ -354,12 +354,15 @@ def test_no_request_is_lost_or_torn_over_fifty_edits(perch, service):
     try:
         for i in range(50):
             text = service.flags_yaml(100 if i % 2 else 0, more=f"description: edit {i}")
-            versions[perch.folder.put(text)] = "canary" if i % 2 else "stable"
-        perch.wait_for_file(service.digest(text.encode()))
+            digest = perch.folder.put(text)
+            versions[digest] = "canary" if i % 2 else "stable"
+            if i % 7 == 0:
+                perch.wait_for_file(digest)
+        perch.wait_for_file(digest)
     finally:
         stop.set()
         asking.join()
-    assert len(seen) > 50
+    assert len({reply.metadata["version"] for reply in seen}) > 3
     for reply in seen:
         version = reply.metadata["version"].partition(".")[0]
         assert reply.cohort == versions.get(version, "stable" if version == first else "unknown")

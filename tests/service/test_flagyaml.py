@@ -186,7 +186,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(PIECES, max_size=40).map("".join))
 def test_whatever_pieces_of_yaml_are_put_together_nothing_else_is_raised(text):
     lines = text.count("\n") + text.count("\u2028") + text.count("\x85") + 2

@@ -224,7 +224,7 @@ def one_reply(service, message: bytes):
     return service.decode(got) if parsed.request_headers is not None else None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=400))
 def test_garbage_gets_one_reply_that_is_never_canary(service, message):
     got = one_reply(service, message)
@@ -250,7 +250,7 @@ def test_a_message_with_any_byte_changed_gets_one_reply(service):
             one_reply(service, message[:i] + bytes([value]) + message[i + 1 :])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.tuples(

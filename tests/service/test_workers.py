@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -13,16 +14,39 @@ def workers_of(perch) -> list[int]:
     return [pid for pid in perch.children() if b"serve-worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.fixture
-def perch(folder, launch, service):
-    folder.put(service.flags_yaml(100))
-    started = launch(workers=2)
+@pytest.fixture(scope="module")
+def running(service, tmp_path_factory):
+    """One perch with two workers for the tests that leave it running."""
+    perch = service.Perch(service.Folder(tmp_path_factory.mktemp("perch")), workers=2)
+    perch.folder.put(service.flags_yaml(100))
+    yield perch.start()
+    perch.end()
+
+
+def good(perch, service):
+    """Everybody on canary, on both workers, and no exposures' opinion."""
+    perch.folder.put_exposures(json.dumps({"seq": 0, "flags": {}}))
+    digest = perch.folder.put(service.flags_yaml(100, more=f"description: '{random.random()}'"))
     for worker in (0, 1):
-        started.wait_for_file(service.digest(folder.flags.read_bytes()), worker=worker)
-    return started
+        perch.wait_for_file(digest, worker=worker)
+        service.wait_until(lambda w=worker: perch.ask(worker=w).what == ("canary", "SPLIT"), "the gate is open")
+    return perch
 
 
-def test_every_worker_serves_every_version(perch, folder, service):
+@pytest.fixture
+def perch(running, service):
+    return good(running, service)
+
+
+@pytest.fixture
+def own_perch(folder, launch, service):
+    """One that a test may end."""
+    folder.put(service.flags_yaml(100))
+    return good(launch(workers=2), service)
+
+
+def test_every_worker_serves_every_version(perch, service):
+    folder = perch.folder
     for canary in (0, 100, 50):
         digest = folder.put(service.flags_yaml(canary))
         replies = [perch.wait_for_file(digest, worker=worker) for worker in (0, 1)]
@@ -35,7 +59,8 @@ def test_every_worker_serves_every_version(perch, folder, service):
     service.wait_until(record.exists, "the parent keeps what is served")
 
 
-def test_two_workers_give_every_user_the_same_arm(perch, folder, service):
+def test_two_workers_give_every_user_the_same_arm(perch, service):
+    folder = perch.folder
     digest = folder.put(service.flags_yaml(50))
     for worker in (0, 1):
         perch.wait_for_file(digest, worker=worker)
@@ -44,19 +69,21 @@ def test_two_workers_give_every_user_the_same_arm(perch, folder, service):
     assert {reply.cohort for reply in replies[0]} == {"canary", "stable"}
 
 
-def test_a_bad_file_changes_no_worker(perch, folder, service):
-    folder.put("version: 1\nflags: [")
-    perch.wait_for_event("flags_rejected")
+def test_a_bad_file_changes_no_worker(perch, service):
+    rejected = len(perch.events("flags_rejected"))
+    perch.folder.put("version: 1\nflags: [")
+    perch.wait_for_event("flags_rejected", rejected + 1)
     for worker in (0, 1):
         assert perch.ask(worker=worker).what == ("canary", "SPLIT")
         assert perch.client(worker).health() == 1
 
 
-def test_a_killed_worker_is_replaced_and_given_what_is_served_now(perch, folder, service):
+def test_a_killed_worker_is_replaced_and_given_what_is_served_now(perch, service):
+    folder = perch.folder
     digest = folder.put(service.flags_yaml(100, more="description: now"))
     for worker in (0, 1):
         perch.wait_for_file(digest, worker=worker)
-    before = set(workers_of(perch))
+    before, told = set(workers_of(perch)), len(perch.events("worker_restarting"))
     assert len(before) == 2
     for pid in before:
         os.kill(pid, signal.SIGKILL)
@@ -64,20 +91,23 @@ def test_a_killed_worker_is_replaced_and_given_what_is_served_now(perch, folder,
     for worker in (0, 1):
         assert perch.wait_for_file(digest, worker=worker).what == ("canary", "SPLIT")
         assert perch.client(worker).health() == 1
-    assert len(perch.events("worker_restarting")) == 2
+    assert len(perch.events("worker_restarting")) == told + 2
 
 
-def test_a_worker_killed_while_the_flag_file_is_broken_gets_the_last_good_ruleset(perch, folder, service):
+def test_a_worker_killed_while_the_flag_file_is_broken_gets_the_last_good_ruleset(perch, service):
+    folder = perch.folder
+    rejected, told = len(perch.events("flags_rejected")), len(perch.events("worker_restarting"))
     folder.put("version: 1\nflags: [")
-    perch.wait_for_event("flags_rejected")
+    perch.wait_for_event("flags_rejected", rejected + 1)
     (pid, _) = workers_of(perch)
     os.kill(pid, signal.SIGKILL)
-    perch.wait_for_event("worker_restarting")
+    perch.wait_for_event("worker_restarting", told + 1)
     for worker in (0, 1):
         service.wait_until(lambda w=worker: perch.ask(worker=w).what == ("canary", "SPLIT"), "the last good ruleset")
 
 
-def test_a_stopped_worker_keeps_no_rollback_from_the_others(perch, folder, service):
+def test_a_stopped_worker_keeps_no_rollback_from_the_others(perch, service):
+    folder = perch.folder
     stopped = workers_of(perch)[0]
     os.kill(stopped, signal.SIGSTOP)
     try:
@@ -90,7 +120,8 @@ def test_a_stopped_worker_keeps_no_rollback_from_the_others(perch, folder, servi
         service.wait_until(lambda w=worker: perch.ask(worker=w).what == ("stable", "HELD"), "both workers hold")
 
 
-def test_sigterm_ends_all_of_it_with_zero(perch, folder, service):
+def test_sigterm_ends_all_of_it_with_zero(own_perch, folder, service):
+    perch = own_perch
     children = perch.children()
     assert len(children) == 3
     assert perch.stop() == 0
@@ -99,7 +130,8 @@ def test_sigterm_ends_all_of_it_with_zero(perch, folder, service):
     assert "Traceback" not in perch.log()
 
 
-def test_a_killed_parent_leaves_no_worker_and_no_compiler(perch, folder, service):
+def test_a_killed_parent_leaves_no_worker_and_no_compiler(own_perch, folder, service):
+    perch = own_perch
     children = perch.children()
     assert len(children) == 3
     perch.process.kill()
