@@ -1,5 +1,6 @@
 """Hot reload against a running `perch serve`, which a gRPC client asks all the while."""
 
+import asyncio
 import json
 import os
 import random
@@ -8,6 +9,8 @@ import threading
 import time
 
 import pytest
+
+from extproc.flagfile import RESTLESS, read_settled
 
 
 @pytest.fixture
@@ -114,8 +117,45 @@ def test_a_file_written_in_small_pieces_is_served_when_it_is_whole_and_not_befor
             file.write(text[i : i + 60])
             file.flush()
             seen.add(perch.version().partition(".")[0])
-    perch.wait_for_file(service.digest(text.encode()))
-    assert seen <= {before.partition(".")[0], service.digest(text.encode())}
+    whole = service.digest(text.encode())
+    service.wait_until(lambda: seen.add(perch.version().partition(".")[0]) or whole in seen, "the whole file")
+    assert seen <= {before.partition(".")[0], whole}
+
+
+@pytest.fixture
+async def changing(tmp_path):
+    """A file that gets a line every 5 ms, `lines` in all, each of them a good end."""
+    path = tmp_path / "changing.yaml"
+    writers = []
+
+    def start(lines):
+        path.write_text("begin\n")
+
+        async def write():
+            for i in range(lines):
+                await asyncio.sleep(0.005)
+                with path.open("a") as file:
+                    file.write(f"line {i}\n")
+
+        writers.append(asyncio.ensure_future(write()))
+        return path
+
+    yield start
+    for writer in writers:
+        writer.cancel()
+    await asyncio.gather(*writers, return_exceptions=True)
+
+
+async def test_a_file_is_read_when_it_has_stopped_changing(changing):
+    path = changing(40)
+    content = await read_settled(path)
+    assert content == path.read_bytes()
+    assert content.endswith(b"line 39\n")
+
+
+async def test_a_file_that_never_stops_changing_is_given_up(changing, monkeypatch):
+    monkeypatch.setattr("extproc.flagfile.SETTLE_AT_MOST_S", 0.3)
+    assert await read_settled(changing(100_000)) is RESTLESS
 
 
 def test_a_deleted_file_keeps_the_last_good_ruleset(perch, service):
