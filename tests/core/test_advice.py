@@ -93,6 +93,18 @@ def test_a_narrow_comparison_implies_the_wide_one_and_not_the_other_way(narrow, 
     assert implies(All((a, Leaf(Subject.COOKIE, "x", Op.EXISTS))), AnyOf((b, Leaf(Subject.COOKIE, "y", Op.EXISTS))))
 
 
+def test_an_address_among_others_does_not_imply_the_network_of_the_last_one():
+    a, b = Leaf(Subject.HEADER, "t", Op.IN, ("10.1.2.3",)), Leaf(Subject.HEADER, "t", Op.CIDR, ("10.0.0.0/8",))
+    assert not implies(a, b)
+    assert not implies(b, a)
+
+
+@pytest.mark.parametrize(("op", "value"), [(Op.PREFIX, PREFIX + "infer?x="), (Op.IN, PREFIX + "infer?x=1")])
+def test_a_path_is_never_equal_to_one_with_a_query(op, value):
+    assert never(Leaf(Subject.PATH, "", op, (value,)), PREFIX)
+    assert not never(Leaf(Subject.PATH, "", op, (value, PREFIX + "infer")), PREFIX)
+
+
 def warnings_of(text, **known):
     document = scan_document(text.encode())
     flags = parse(document, MODELS).flags

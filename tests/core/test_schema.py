@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extproc.core.crosschecks import _Size, _size
 from extproc.core.decision import decide
 from extproc.core.document import FlagFileError
 from extproc.core.flags import Exposures, Margin, MarginKind, MissingUnit, SourceKind, UnitSource
@@ -252,6 +253,11 @@ flags:
     assert drift.rollback_if == Margin(Decimal("0.20"), MarginKind.DISTANCE)
     assert drift.halt_if == Margin(Decimal(15), MarginKind.SHARE)
     assert (kpi.name, kpi.direction, kpi.rollback_if) == ("kpi.accuracy", "up", Margin(Decimal(-5), MarginKind.SHARE))
+
+
+def test_segments_that_double_are_counted_only_as_far_as_a_line_can_show():
+    much = _Size(1, 10**9)
+    assert _size({"any": [{"segment": "s"}] * 10}, {"s": much}) == _Size(2, 10**9)
 
 
 # The JSON Schema beside the file.

@@ -110,6 +110,15 @@ def test_users_of_a_file_are_counted_by_the_decision_itself(plan, folder):
     assert any("of 2,001 units counted" in line for line in plan(flags(30), "--units", "ids")[1])
 
 
+def test_users_are_counted_with_the_warm_gate_open(plan, folder):
+    (folder / "ids").write_text("\n".join(map(str, range(500))))
+    exposure = {"seq": 1, "flags": {"digits": {"salt": "digits", "cap": 0}}}
+    (folder / "state" / "exposure.json").write_text(json.dumps(exposure))
+    code, out, _ = plan(flags(0), "--units", "ids", "--json")
+    assert code == 3
+    assert json.loads("\n".join(out))["flags"]["digits"]["counted"]["to_stable"] > 20
+
+
 def test_another_file_may_be_compared_with(plan, folder):
     (folder / "old.yaml").write_text(flags(90))
     code, out, _ = plan(flags(50), "--flags", "old.yaml")
