@@ -15,8 +15,10 @@ import aiohttp
 import pytest
 import yaml
 from aiohttp import web
+from typer.testing import CliRunner
 from yarl import URL
 
+from extproc.cli import app
 from extproc.controller import Controller, View
 from extproc.core.exposure import parse_exposures
 from extproc.core.flags import Exposure, Exposures
@@ -550,14 +552,12 @@ async def test_a_taken_address_is_named(folder, service, envoy):
 
 
 @pytest.mark.parametrize(("name", "value"), [("envoy_admin", "nonsense"), ("control_listen", "nonsense")])
-async def test_a_bad_address_is_one_line_that_names_its_variable(folder, service, name, value):
-    environment = service.environment(folder, **{name: value})
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "extproc", "control", env=environment, cwd=folder.root, stderr=asyncio.subprocess.PIPE
-    )
-    _, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
-    assert process.returncode == 2
-    (line,) = said.decode().splitlines()
+def test_a_bad_address_is_one_line_that_names_its_variable(folder, service, monkeypatch, name, value):
+    for variable, text in service.environment(folder, **{name: value}).items():
+        monkeypatch.setenv(variable, text)
+    ended = CliRunner().invoke(app, ["control"])
+    assert ended.exit_code == 2
+    (line,) = ended.stderr.splitlines()
     assert line.startswith(f"perch: PERCH_{name.upper()}: ")
 
 
