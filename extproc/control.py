@@ -37,7 +37,7 @@ from extproc.statefiles import append_line, read_or_none, write_atomically
 
 LOOK_EVERY_S = 0.5
 ENVOY_COUNTERS = (
-    "^(http.ing.ext_proc.perch.(streams_started|failure_mode_allowed|message_timeouts|rejected_header_mutations"
+    "^(http.edge.ext_proc.perch.(streams_started|failure_mode_allowed|message_timeouts|rejected_header_mutations"
     "|clear_route_cache_ignored)|cluster.perch.upstream_rq_total)$"
 )
 

@@ -1,6 +1,7 @@
 """What people see: the lines of `perch up`, the table of `perch status`."""
 
 import asyncio
+import contextlib
 import json
 from datetime import datetime
 from pathlib import Path
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from extproc.app import prefixes
 from extproc.core.decision import Decision, decide
-from extproc.core.flags import Arm
+from extproc.core.flags import Arm, SourceKind, UnitSource
 from extproc.explain import Loaded, load, request_for
 from extproc.flagfile import Paths
+from extproc.modelsfile import Model
 from extproc.up import Running
 
 WATCH_EVERY_S = 1.0
@@ -52,28 +55,45 @@ class Screen:
 
 
 def suggestion(running: Running) -> list[str]:
-    """A request that can be pasted, by a user whom the first flag sends to canary, if it sends anybody there."""
-    folder = next((m.artifacts["canary"] for m in running.models if m.artifacts and "canary" in m.artifacts), None)
-    model = running.models[0]
-    try:
-        body = example_body(folder) if folder is not None else "{}"
+    """A request that can be pasted, by a user whom the model's flag sends to canary, if it sends anybody there."""
+    model = next((model for model in running.models if _folder(running, model)), running.models[0])
+    body, header, user = "{}", "", None
+    with contextlib.suppress(Exception):  # a suggestion is not worth a failure
+        body = example_body(_folder(running, model) or Path())
+    with contextlib.suppress(Exception):
         settings = running.settings
-        loaded = load(Paths(settings.flags, settings.state), {model.name: model.prefix}, None)
+        loaded = load(Paths(settings.flags, settings.state), prefixes(running.models), None)
         flag = next(flag for flag in loaded.flags.values() if flag.model == model.name)
-        user = next(
-            (f"user-{i}" for i in range(10_000) if arm_of(loaded, flag.key, f"user-{i}") is Arm.CANARY), "user-0"
-        )
-        unit = next(source.name for source in flag.unit if source.name)
-    except (Exception, StopIteration):  # noqa: BLE001  a suggestion is not worth a failure
-        body, user, unit = "{}", "user-0", "x-user-id"
+        user = next((name for name in _USERS if arm_of(loaded, flag.key, name) is Arm.CANARY), None)
+        header = _unit_header(flag.unit[0], user or _USERS[0])
     url = f"http://{running.settings.envoy_listen}{model.prefix}infer"
     return [
         "",
-        f"  {user} is one of the users on canary now; other ids go to stable:" if user != "user-0" else "  Try:",
+        f"  {user} is one of the users on canary now; other ids go to stable:" if user else "  Try:",
         "",
-        f"curl -i {url} -H 'content-type: application/json' -H '{unit}: {user}' -d '{body}'",
+        f"curl -i {url} -H 'content-type: application/json'{header} -d '{body}'",
         "",
     ]
+
+
+_USERS = [f"user-{i}" for i in range(10_000)]
+
+
+def _folder(running: Running, model: Model) -> Path | None:
+    """The artifacts that `perch up` serves as this model's stable: their example is one for the canary too."""
+    folder = (model.artifacts or {}).get("stable")
+    return running.options.stable or folder if folder else None
+
+
+def _unit_header(source: UnitSource, user: str) -> str:
+    """The option of curl that makes the request this user's; nothing where the unit is the request itself."""
+    match source.kind:
+        case SourceKind.COOKIE:
+            return f" -H 'cookie: {source.name}={user}'"
+        case SourceKind.HEADER:
+            return f" -H '{source.name}: {user}'"
+        case _:
+            return ""
 
 
 def arm_of(loaded: Loaded, key: str, user: str) -> Arm:
@@ -84,12 +104,14 @@ def arm_of(loaded: Loaded, key: str, user: str) -> Arm:
 
 
 def example_body(folder: Path) -> str:
-    """An inference request with the first example of the artifacts' manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    spec = manifest["inputs"][0]
-    row = manifest["examples"][spec["name"]][0]
-    tensor = {"name": spec["name"], "shape": [1, len(row)], "datatype": spec["datatype"], "data": row}
-    return json.dumps({"inputs": [tensor]}, separators=(",", ":"))
+    """An inference request with the first example of the artifacts' manifest. Raises OSError, KeyError."""
+    path = next(path for path in (folder / "manifest.json", *sorted(folder.glob("*/manifest.json"))) if path.exists())
+    manifest = json.loads(path.read_text())
+    tensors = []
+    for spec in manifest["inputs"]:
+        row = manifest["examples"][spec["name"]][0]
+        tensors.append({"name": spec["name"], "shape": [1, len(row)], "datatype": spec["datatype"], "data": row})
+    return json.dumps({"inputs": tensors}, separators=(",", ":"))
 
 
 async def show_status(control: str, *, watch: bool, as_json: bool) -> None:

@@ -10,15 +10,18 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
 from extproc.address import TcpAddress, UnixAddress, parse_address
-from extproc.app import StartError, envoy_settings, until_stopped, worker_addresses
+from extproc.app import StartError, envoy_settings, prefixes, until_stopped, worker_addresses
 from extproc.control import close_gates
+from extproc.core.document import FlagFileError
 from extproc.envoyfile import EnvoyFileError, envoy_command, render, write
+from extproc.flagfile import Paths
+from extproc.flagread import read_flag_file
 from extproc.modelsfile import Model, load_models
 from extproc.settings import Settings, environment
 from extproc.supervisor import Event, EventKind, Process, StartFailed, Supervisor
@@ -49,15 +52,16 @@ async def up(settings: Settings, options: Options, say: Say, ready: Callable[["R
     models = load_models(settings.models)
     for name, port in (("port", options.port), ("control-port", options.control_port), ("admin", options.admin_port)):
         check_free(name, port)
+    check_flags(settings, models)
     with run_folder() as run, told(run / "events.sock") as events:
         running = Running(settings=_settings_for(settings, options, run), options=options, models=models)
         close_gates(running.settings, models)
         write(run / "envoy", render(models, envoy_settings(running.settings)))
-        supervisor = Supervisor(list(processes(running)), lambda event: _say_event(say, event))
+        supervisor = Supervisor(list(processes(running)), _Teller(say))
         try:
             await _run(running, supervisor, lambda: _relay(events, say), ready)
         except StartFailed as error:
-            raise StartError(f"{error}; its whole log is {running.logs}/") from None
+            raise StartError(str(error)) from None
         finally:
             await supervisor.stop()
 
@@ -229,6 +233,19 @@ def check_free(option: str, port: int) -> None:
             raise StartError(f"port {port} {why}; choose another with --{option} PORT") from None
 
 
+def check_flags(settings: Settings, models: tuple[Model, ...]) -> None:
+    """Raises StartError when there is neither a good flag file nor the last good one of an earlier run."""
+    paths = Paths(settings.flags, settings.state)
+    try:
+        read_flag_file(paths.flags, prefixes(models))
+    except FlagFileError as error:
+        with contextlib.suppress(FlagFileError):
+            read_flag_file(paths.last_good, prefixes(models))
+            return
+        more = f" (and {len(error.problems) - 1} more; see `perch check`)" if len(error.problems) > 1 else ""
+        raise StartError(f"{paths.flags}:{error.problems[0]}{more}") from None
+
+
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
     """A private folder for sockets and Envoy's files, gone afterwards, and with it those of runs that were killed."""
@@ -280,11 +297,24 @@ _NOT_SAID = {"listening", "exposure_followed", "envoy_files", "headers_forwarded
 _WHOLE = {"canary_warm", "canary_cold", "canary_lost"}
 
 
-def _say_event(say: Say, event: Event) -> None:
-    """A process that died, will be restarted, or is slow; that it starts and stops is no news."""
-    match event.kind:
-        case EventKind.DIED | EventKind.RESTARTING | EventKind.SLOW:
-            say(event.process, f"{event.kind.value}: {event.detail}")
+@dataclass(frozen=True, slots=True)
+class _Teller:
+    """Says that a process died, will be restarted, or is slow; that it starts and stops is no news.
+
+    One that dies before it was ever ready ends `perch up`, with the same words as its error.
+    """
+
+    say: Say
+    were_ready: set[str] = field(default_factory=set)
+
+    def __call__(self, event: Event) -> None:
+        match event.kind:
+            case EventKind.READY:
+                self.were_ready.add(event.process)
+            case EventKind.DIED if event.process not in self.were_ready:
+                pass
+            case EventKind.DIED | EventKind.RESTARTING | EventKind.SLOW:
+                self.say(event.process, f"{event.kind.value}: {event.detail}")
 
 
 __all__ = ["EnvoyFileError", "Options", "Running", "TcpAddress", "up"]
