@@ -22,13 +22,13 @@ from extproc.core.document import Problem
 from extproc.core.exposure import ExposureError, plain_exposures, with_caps
 from extproc.core.flags import Exposures, Flag
 from extproc.core.ruleset import headers_of
-from extproc.core.schema import parse
 from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable
 from extproc.envoyfile import EnvoyFileError, forwarded_headers, render, render_filter, write
 from extproc.events import Events, start_log
 from extproc.flagcompiler import Compiler
 from extproc.flagfile import FlagFile, Paths, Published, read_exposures
-from extproc.flagyaml import MAX_BYTES, read_document
+from extproc.flagread import flags_in
+from extproc.flagyaml import MAX_BYTES
 from extproc.metrics import Metrics
 from extproc.modelsfile import Model, load_models
 from extproc.receiver import Received, Receiver
@@ -68,7 +68,7 @@ def close_gates(settings: Settings, models: tuple[Model, ...]) -> None:
     for path in (paths.flags, paths.last_good):
         with contextlib.suppress(Exception):  # whatever is wrong with it, serve will say so
             content = read_or_none(path, MAX_BYTES)
-            flags = parse(read_document(content or b""), prefixes(models)).flags
+            flags = flags_in(content or b"", prefixes(models)).flags
             exposures = start_exposures(paths, lambda *_: None)
             write_exposures(paths.exposure, with_caps(exposures, {flag.key: (flag.salt, 0) for flag in flags}))
             return

@@ -178,12 +178,11 @@ class _Reader:
         yield from _compiled(flags, task, version)
 
     def _read(self, task: Task) -> tuple[Flag, ...]:
-        from extproc.core.schema import parse  # noqa: PLC0415  not for the parent, which imports this module too
-        from extproc.flagyaml import read_document  # noqa: PLC0415  likewise
+        from extproc.flagread import flags_in  # noqa: PLC0415  not for the parent, which imports this module too
 
         wanted = (task.content, tuple(task.models))
         if self._content != wanted:
-            self._flags = parse(read_document(task.content), task.models).flags
+            self._flags = flags_in(task.content, task.models).flags
             self._content = wanted
         return self._flags
 

@@ -1,7 +1,9 @@
 """Files that must be whole or not there: written beside their place, synced, renamed."""
 
 import contextlib
+import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -40,9 +42,13 @@ def _sync_folder(folder: Path) -> None:
 def read_or_none(path: Path, limit_bytes: int) -> bytes | None:
     """The file's first `limit_bytes` + 1 bytes, or None if there is no such file. Other OSErrors are raised.
 
+    A pipe is refused: to open one is to wait for somebody to write to it.
+
     One byte more than the limit, so that a caller can tell a file that is too large from one that just fits.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe, not a file", str(path))
         with path.open("rb") as file:
             return file.read(limit_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):

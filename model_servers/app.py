@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 from model_servers import jsontext
 from model_servers.answers import prediction_list, predictions_of, write_answer
 from model_servers.batching import Batcher
-from model_servers.errors import ArtifactError, Refused
+from model_servers.errors import ArtifactError, NotWarm, Refused
 from model_servers.faults import FaultBox, Injected, read_faults
 from model_servers.manifest import read_manifest
 from model_servers.model import BadModel
@@ -32,6 +32,8 @@ SERVER = {
     "extensions": ["binary_tensor_data", "model_repository(index)", "parameters"],
 }
 FAULTS_PATH = "/perch/faults"
+NOT_WARM = "x-model-not-warm: 1\r\n"
+"""On the 503 of a server that is still warming up: Envoy asks another one, the client sees no error."""
 _JSON, _RAW = "application/json", "application/octet-stream"
 _READ = ("GET", "HEAD")
 _JSON_LENGTH = "inference-header-content-length"
@@ -81,6 +83,8 @@ async def answer(state: State, request: web.BaseRequest) -> Written:
             response = await _route(state, request)
     except Refused as refusal:
         response = _error(refusal.status, str(refusal))
+    except NotWarm as refusal:
+        response = _error(HTTPStatus.SERVICE_UNAVAILABLE, str(refusal), NOT_WARM)
     except (asyncio.CancelledError, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  whatever went wrong, the client gets one sentence and no traceback
@@ -274,7 +278,7 @@ def _require_method(request: web.BaseRequest, *methods: str) -> None:
 
 def _require_served(served: Served | None) -> Served:
     if served is None:
-        raise Refused("the model is warming up; try again in a second", HTTPStatus.SERVICE_UNAVAILABLE)
+        raise NotWarm("the model is warming up; try again in a second")
     return served
 
 
@@ -301,6 +305,6 @@ def _failure(state: State, request: web.BaseRequest, error: Exception) -> Writte
     return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "the model failed on this request; the server's log says why")
 
 
-def _error(status: HTTPStatus, message: str) -> Written:
+def _error(status: HTTPStatus, message: str, headers: str = "") -> Written:
     retry = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
-    return json_response({"error": message}, status, retry)
+    return json_response({"error": message}, status, retry + headers)

@@ -14,5 +14,9 @@ class Refused(Exception):  # noqa: N818  it is an answer to a request, not an er
         self.status = status
 
 
+class NotWarm(Exception):  # noqa: N818  likewise
+    """A request that came before the model was warm: no model has seen it, and another server may take it."""
+
+
 class ArtifactError(Exception):
     """A model that cannot be served: missing, corrupt, or not what its manifest says. Ends the start with exit 1."""

@@ -19,7 +19,7 @@ from model_servers.app import Rules, State, answer
 from model_servers.batching import Limits
 from model_servers.errors import ArtifactError
 from model_servers.faults import FaultBox, Faults
-from model_servers.listen import Listener, listen
+from model_servers.listen import BACKLOG, Listener, listen
 from model_servers.model import Model, load
 from model_servers.serving import Served, warm_up
 from model_servers.telemetry import Telemetry, rss_bytes
@@ -83,7 +83,11 @@ async def _accepting(listener: Listener, state: State, hurry: asyncio.Event) -> 
     # aiohttp asks no more of a response than Written gives; its annotation names the class it ships.
     handle = cast("Any", partial(answer, state))
     server = web.Server(handle, access_log=None, handler_cancellation=True, keepalive_timeout=KEEP_ALIVE_S)
-    accepting = await asyncio.get_running_loop().create_server(server, sock=listener.socket)
+    accepting = await asyncio.get_running_loop().create_server(
+        server,
+        sock=listener.socket,
+        backlog=BACKLOG,  # else asyncio sets it back to 100, and Envoy's 101st connection at once is refused
+    )
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ flagprint             | core                                                    
 flagschema            | core                                                          |
 flagtests             | core flagread flagyaml                                        | pydantic
 flagfile              | core flagyaml statefiles watch                                |
-flagcompiler          | core flagyaml wire.replies                                    |
+flagcompiler          | core flagread flagyaml wire.replies                           |
 receiver              | core wire.answer flagcompiler flagfile                        |
 workers               | flagcompiler                                                  |
 answering             | core wire.answer metrics receiver                             |

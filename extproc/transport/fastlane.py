@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from extproc.transport.connection import Connection
 from extproc.transport.limits import Limits
-from extproc.transport.listen import Listener, open_listener
+from extproc.transport.listen import BACKLOG, Listener, open_listener
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,9 +141,9 @@ class FastLane:
         loop = asyncio.get_running_loop()
         self._listener = open_listener(listen)
         if self._listener.path is None:
-            self._server = await loop.create_server(self._accept, sock=self._listener.socket)
+            self._server = await loop.create_server(self._accept, sock=self._listener.socket, backlog=BACKLOG)
         else:
-            self._server = await loop.create_unix_server(self._accept, sock=self._listener.socket)
+            self._server = await loop.create_unix_server(self._accept, sock=self._listener.socket, backlog=BACKLOG)
         self._stopping = False
         self._ticked_s = time.monotonic()
         self._timer = loop.call_later(TICK_S, self._tick)

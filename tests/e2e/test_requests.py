@@ -248,7 +248,7 @@ def by_formula(salt: str, percent: float) -> dict[str, str]:
 async def all_get(client: Any, system: Any, wanted: dict[str, str], model: str = "digits") -> None:
     """Asks for every user once; each must get what is wanted.
 
-    Where the machine is so busy that perch is late for Envoy's 100 ms, Envoy sends canary's users to stable and counts
+    Where the machine is so busy that perch is late for Envoy, Envoy sends canary's users to stable and counts
     it: no more of them than it counted may be on stable, and they are asked again.
     """
     for _ in range(5):

@@ -11,7 +11,15 @@ import pytest
 
 def workers_of(perch) -> list[int]:
     """The pids of the workers, in no order; the flag compiler is the other child."""
-    return [pid for pid in perch.children() if b"serve-worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in perch.children() if b"serve-worker" in command_line(pid)]
+
+
+def command_line(pid: int) -> bytes:
+    """What the process was started as; empty when it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ async def until(condition: Callable[[], Any]) -> Any:
 
 
 def patient(text: str) -> str:
-    """A busy machine may keep our decider from answering within 100 ms, and Envoy would go on without it."""
-    return text.replace('message_timeout: "0.1s"', 'message_timeout: "10s"')
+    """A busy machine may keep our decider from answering in time, and Envoy would go on without it."""
+    return text.replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
 
 
 @dataclass
@@ -197,12 +197,12 @@ class Edge:
         """Where the model takes inference requests."""
         return f"http://127.0.0.1:{self.port}/v2/models/{model}/infer"
 
-    async def canary_log(self) -> list[dict[str, Any]]:
-        """The file's lines, once Envoy has flushed it at our request."""
+    async def canary_log(self, lines: int) -> list[dict[str, Any]]:
+        """The file's lines, once Envoy has flushed so many of them at our request."""
         connector = aiohttp.UnixConnector(self.settings.admin.removeprefix("unix:"))
         async with aiohttp.ClientSession(connector=connector) as client, client.post("http://envoy/reopen_logs"):
             path = self.folder / "canary.jsonl"
-            await until(path.read_text)
+            await until(lambda: path.read_text().count("\n") >= lines)
             return [json.loads(line) for line in path.read_text().splitlines()]
 
     async def healthy(self) -> set[str]:

@@ -25,7 +25,7 @@ async def test_headers_that_are_said_never_to_arrive_do_not_and_others_do(runnin
 
     def forward_all(files):
         forwarded = forwarded_headers([*NAMES, *ARRIVES])
-        patient = render_filter(forwarded).replace('message_timeout: "0.1s"', 'message_timeout: "10s"')
+        patient = render_filter(forwarded).replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
         assert "x-perch-anything" in patient
         return files | {"ecds.yaml": patient}
 

@@ -68,7 +68,7 @@ async def test_version_and_cohort_can_be_hidden_from_clients_but_not_from_the_lo
         await edge.until(lambda: len(edge.decider.entries) == 2)
         tags = [entry.common_properties.custom_tags["model_version"] for entry in edge.decider.entries]
         assert tags == ["v-digits-stable-0", "v-digits-canary-0"]
-        (line,) = await edge.canary_log()
+        (line,) = await edge.canary_log(1)
         assert line["model_version"] == "v-digits-canary-0"
 
 
@@ -76,7 +76,7 @@ async def test_the_canary_log_has_one_line_per_canary_request_with_nobody_readin
     settings = {"canary_log": Path("canary.jsonl"), "access_log": "unix:nobody.sock"}
     async with running([a_model("digits")], **settings) as edge:
         answers = [await edge.infer(x_test_cohort=cohort) for cohort in ["stable", "canary"] * 10]
-        lines = await edge.canary_log()
+        lines = await edge.canary_log(10)
         wanted = [answer.headers["x-request-id"] for answer in answers if answer.by == "digits-canary-0"]
         assert [line["request_id"] for line in lines] == wanted
         assert len(wanted) == 10
