@@ -1,6 +1,7 @@
 """`perch serve`: answers Envoy by the flag file. One process, or a parent that owns the files and N workers."""
 
 import asyncio
+import contextlib
 import pickle
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Role:
     events: Events
     compiler: Compiler
     received: Received | None = field(default=None, init=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     @classmethod
     def of(cls, settings: Settings) -> "Role":
@@ -75,16 +77,19 @@ class Role:
         return compile_with(self.compiler, self.models, replies=True)(NO_FLAGS, Exposures())
 
     async def gauge(self) -> None:
-        """Tells StatsD the percentages, again and again."""
+        """Tells StatsD the percentages when they change, and again and again."""
         while True:
+            self._changed.clear()
             if self.received is not None:
-                gauge_flags(self.metrics, self.received.published.ruleset.version, self.received.flags)
-            await asyncio.sleep(GAUGE_EVERY_S)
+                await gauge_flags(self.metrics, self.received.published.ruleset.version, self.received.flags)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GAUGE_EVERY_S):
+                    await self._changed.wait()
 
     def now_served(self, received: Received) -> None:
         """Remembers what is served, for the gauges."""
         self.received = received
-        gauge_flags(self.metrics, received.published.ruleset.version, received.flags)
+        self._changed.set()
 
 
 async def serve(settings: Settings) -> None:
