@@ -82,8 +82,12 @@ class Controller:
 
     def take_flags(self, flags: Iterable[Flag], version: str) -> None:
         """A new flag file is served. A flag that is new begins with its model's gate as it stands."""
-        self.flags = {flag.key: flag for flag in flags}
+        before, self.flags = self.flags, {flag.key: flag for flag in flags}
         self.version = version
+        for key, flag in self.flags.items():
+            if key in before and self._wanted(before[key]) != self._wanted(flag):
+                moved = f"{self._wanted(before[key]):g} % -> {self._wanted(flag):g} %"
+                self.tell("share", f"{key}: canary {moved} of the users", False)
         for model in self.models:
             self._gate_of(model.name)
         self._save(self._caps())
@@ -161,6 +165,10 @@ class Controller:
                 return f"the canary of {model.name} is not warm"
         self._was_ready = True
         return None
+
+    def _wanted(self, flag: Flag) -> float:
+        """The percentage that a flag asks for, before the warm gate."""
+        return float(wanted_percent(flag, self.exposures.of(flag))) if flag.enabled else 0.0
 
     def _wants_canary(self, model: str) -> bool:
         return any(

@@ -48,6 +48,7 @@ class Screen:
             "flags": f"{settings.flags}  (edit and save: the share moves)",
             "logs": f"{running.logs}/",
         }
+        self._console.print()
         for name, where in rows.items():
             self._console.print(f"  {name:<12} {where}", markup=False)
         for line in suggestion(running):

@@ -58,8 +58,10 @@ async def up(settings: Settings, options: Options, say: Say, ready: Callable[["R
         close_gates(running.settings, models)
         write(run / "envoy", render(models, envoy_settings(running.settings)))
         supervisor = Supervisor(list(processes(running)), _Teller(say))
+        say("perch", "starting Envoy, ext_proc, control and the model servers; Ctrl-C stops all of it")
         try:
             await _run(running, supervisor, lambda: _relay(events, say), ready)
+            say("perch", "stopping")
         except StartFailed as error:
             raise StartError(str(error)) from None
         finally:
@@ -287,14 +289,12 @@ async def _relay(events: socket.socket, say: Say) -> None:
     while True:
         message = json.loads(await loop.sock_recv(events, 65536))
         if message["kind"] not in _NOT_SAID:
-            say(
-                message["role"],
-                message["text"] if message["kind"] in _WHOLE else f"{message['kind']}: {message['text']}",
-            )
+            kind = message["kind"].replace("_", " ")
+            say(message["role"], message["text"] if message["kind"] in _WHOLE else f"{kind}: {message['text']}")
 
 
 _NOT_SAID = {"listening", "exposure_followed", "envoy_files", "headers_forwarded"}
-_WHOLE = {"canary_warm", "canary_cold", "canary_lost"}
+_WHOLE = {"share", "canary_warm", "canary_cold", "canary_lost"}
 
 
 @dataclass(frozen=True, slots=True)

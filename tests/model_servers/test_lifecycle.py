@@ -161,6 +161,7 @@ def load(directory):
     assert (reply.status, reply.json) == (503, {"ready": False, "reason": "warming up"})
     early = _ask(server, 1.0)
     assert (early.status, early.headers["retry-after"]) == (503, "1")
+    assert early.headers["x-model-not-warm"] == "1"  # Envoy asks another server
     assert server.request("POST", "/v2/repository/index").json[0]["state"] == "UNAVAILABLE"
     flag.touch()
     server.wait_for("ready")
