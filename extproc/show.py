@@ -155,6 +155,16 @@ def table_of(status: dict[str, Any]) -> Table:
         servers = f"{flag['ready']['stable']} stable, {flag['ready']['canary']} canary"
         percent, wanted = f"{flag['effective_percent']:g} %", f"{flag['wanted_percent']:g} %"
         table.add_row(key, flag["model"], percent, wanted, servers, state, flag["version"])
-    for problem in status["flag_file"]["problems"]:
-        table.caption = f"the last good flag file is served: {problem}"
+    table.caption = "\n".join(alerts_of(status))
     return table
+
+
+def alerts_of(status: dict[str, Any]) -> list[str]:
+    """What somebody should look into, a line each."""
+    alerts = [f"the last good flag file is served: {problem}" for problem in status["flag_file"]["problems"]]
+    for key, flag in status["flags"].items():
+        if "heavy_unit" in flag:
+            unit = f" ({flag['heavy_unit']['unit']})" if "unit" in flag["heavy_unit"] else ""
+            share = f"{flag['heavy_unit']['share']:.0%}"
+            alerts.append(f"{key}: one unit{unit} makes up {share} of the traffic; is it a person?")
+    return alerts
