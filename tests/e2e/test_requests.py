@@ -328,7 +328,7 @@ async def test_five_percent_stay_on_canary_whatever_restarts_and_nobody_is_witho
     wanted = by_formula(tools.salt, 5)
     assert wanted == expected(system)
     assert 61 < list(wanted.values()).count("200 canary") < 139  # within 4 sigma of 100
-    for _ in range(2):
+    for _ in range(3):
         await all_get(client, system, wanted)
     for roles in (["control"], ["envoy"], MODEL_SERVERS[:2], MODEL_SERVERS[2:]):
         await asyncio.to_thread(restart, system, *roles)
@@ -339,7 +339,7 @@ async def test_five_percent_stay_on_canary_whatever_restarts_and_nobody_is_witho
         assert failed_open(system) == before + len(USERS)
         assert system.status()["envoy"]["failure_mode_allowed"] == before + len(USERS)
     await asyncio.to_thread(system.until_settled)
-    for _ in range(2):
+    for _ in range(3):
         await all_get(client, system, wanted)
 
 
