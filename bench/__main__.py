@@ -6,7 +6,6 @@ import sys
 
 import bench
 
-
 ENDLESS = {"fuzz"}
 """Not for a run of everything: `python -m bench.fuzz` goes on for a million inputs."""
 
