@@ -39,7 +39,7 @@ datagrams             |                                                         
 metrics               | datagrams                                                     | statsd
 modelsfile            | address                                                       | yaml
 envoyadmin            | address                                                       | aiohttp
-envoyfile             | core envoyfile address modelsfile                             | yaml
+envoyfile             | core envoyfile address modelsfile statefiles                  | yaml
 supervisor            | supervisor_child                                              |
 supervisor_child      |                                                               |
 flagyaml              | core                                                          | yaml

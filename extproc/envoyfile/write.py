@@ -1,6 +1,5 @@
 """Puts rendered files where a live Envoy watches them: atomically, and never a route before its cluster."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import yaml
 from extproc.envoyfile.output import to_resources
 from extproc.envoyfile.settings import EnvoyFileError
 from extproc.envoyfile.template import Tree
+from extproc.statefiles import write_atomically
 
 WRITE_ORDER = ("bootstrap.yaml", "cds.yaml", "rtds.yaml", "ecds.yaml", "rds.yaml", "lds.yaml")
 """Clusters before the routes that name them, routes before the listener that asks for them."""
@@ -63,12 +63,4 @@ def _with_clusters(text: str, leaving: list[Tree]) -> str:
 
 def _replace(path: Path, text: str) -> None:
     # Envoy's watch sees only renames in the folder, so the scratch file beside it stays unnoticed.
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_atomically(path, text.encode())
