@@ -274,6 +274,16 @@ def batches(server: Running, given: Any) -> None:
         print(f"  items/s {statistics.median(100 * many.per_s / single.per_s for many, single in pairs):.1f}x")
 
 
+def batching(given: Any) -> None:
+    """What the two limits of a batch do: one digit per request, over the largest batch and the longest wait."""
+    limits = [("--max-batch", rows, "--max-wait", "2") for rows in ("1", "4", "16", "128")]
+    limits += [("--max-batch", "128", "--max-wait", wait) for wait in ("0", "10")]
+    with contextlib.ExitStack() as stack:
+        servers = [ours(stack, f"batch {each[1]}, wait {each[3]} ms", *each) for each in limits]
+        print("one digit per request, JSON, by largest batch and longest wait:")
+        show(rounds(servers, json_body(1), given.rounds, given.seconds), 1)
+
+
 def flat(server: Running, requests: int) -> None:
     """Memory over many requests."""
     first_mib = server.rss_mib()
@@ -319,6 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("  not measured: wrk is not installed (apt-get install wrk)")
     else:
         compare(given)
+        batching(given)
 
 
 if __name__ == "__main__":
