@@ -75,7 +75,7 @@ class Document:
 
     def problem(self, path: Path, message: str, *, of_key: bool = False) -> Problem:
         """A problem at this path of the document."""
-        return Problem(self.place_of(path, of_key=of_key), dotted(path), message)
+        return Problem(self.place_of(path, of_key=of_key), dotted(path), printable(message))
 
 
 def _inside(marks: Marks, step: str | int) -> Marks | None:

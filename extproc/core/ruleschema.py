@@ -17,7 +17,6 @@ from extproc.core.conditions import (
     compile_regex,
     parse_semver_range,
 )
-from extproc.core.document import printable
 from extproc.core.flags import Arm, Rule
 from extproc.core.scalars import HEADER_NAME, Name, Percent, Switch, Text, shown
 
@@ -88,7 +87,7 @@ def _regex(text: str) -> None:
     try:
         compile_regex(text)
     except ValueError as error:
-        raise ValueError(f"the regex {shown(text)} does not compile: {printable(str(error))}") from None
+        raise ValueError(f"the regex {shown(text)} does not compile: {error}") from None
 
 
 def _not_empty(text: str) -> None:
