@@ -28,8 +28,18 @@ class Ask(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Says who it is, and repeats the request's headers with their values as received."""
-        self.rfile.read(int(self.headers.get("content-length", "0")))
+        self.read_body()
         self.send({"arm": sys.argv[2], "path": self.path, "headers": self.headers.items()})
+
+    def read_body(self) -> None:
+        """Reads it whole, also in chunks as Envoy sends an HTTP/2 client's: what is left would be the next request."""
+        if self.headers.get("transfer-encoding", "").lower() != "chunked":
+            self.rfile.read(int(self.headers.get("content-length", "0")))
+            return
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            self.rfile.read(size + 2)
+        while self.rfile.readline().strip():
+            pass
 
     def do_GET(self) -> None:
         """The same; a health check gets only a yes or a no."""
