@@ -83,8 +83,7 @@ class Outcome(NamedTuple):
 
     @property
     def eligible(self) -> bool:
-        """Whether the outcome may be counted by a guardrail: put into its arm by chance, on an inference route,
-        brought to an end, and not given up by the client."""
+        """Whether a guardrail may count it: assigned by chance, on an inference route, not given up by the client."""
         assignment = self.assignment
         return (
             assignment is not None
@@ -96,7 +95,7 @@ class Outcome(NamedTuple):
 
     @property
     def mismatched(self) -> bool:
-        """Whether it went elsewhere than decided: another arm's route, or a host of another arm, but for a fall-back."""
+        """Whether it went elsewhere than decided: served by another arm or model, but for a fall-back."""
         assignment = self.assignment
         if assignment is None or not self.inference or not self.served or self.fell_back:
             return False
