@@ -20,11 +20,13 @@ module                | may import of ours                                      
 core                  | core                                                          |
 core.bucketing        | core                                                          | mmh3
 core.conditions       | core                                                          | re2
+core.kpis             | core                                                          | mmh3
 core.schema           | core                                                          | pydantic
 core.ruleschema       | core                                                          | pydantic
 core.scalars          | core                                                          | pydantic
 core.validation       | core                                                          | pydantic
 wire.answer           | core wire                                                     | google.protobuf
+wire.outcomes         | core wire                                                     | google.protobuf
 wire.replies          | core                                                          | envoy_data_plane
 wire.generate         |                                                               | grpc_tools
 transport             | transport                                                     |
@@ -51,6 +53,7 @@ flagfile              | core flagyaml statefiles watch                          
 flagcompiler          | core flagread flagyaml wire.replies                           |
 receiver              | core wire.answer flagcompiler flagfile                        |
 workers               | flagcompiler                                                  |
+accesslog             | wire.outcomes transport.grpcio                                | grpc
 answering             | core wire.answer metrics receiver                             |
 controller            | core                                                          |
 api                   |                                                               | aiohttp
