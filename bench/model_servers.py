@@ -265,13 +265,16 @@ def compare(given: Any) -> None:
 def batches(server: Running, given: Any) -> None:
     """100 digits per request against one, in both encodings."""
     for name, make in (("JSON", json_body), ("raw bytes", raw_body)):
-        one = rounds([server], make(1), given.rounds, given.seconds)
-        hundred = rounds([server], make(100), given.rounds, given.seconds)
+        one: list[Load] = []
+        hundred: list[Load] = []
+        for _ in range(given.rounds):
+            one += rounds([server], make(1), 1, given.seconds)[server.name]
+            hundred += rounds([server], make(100), 1, given.seconds)[server.name]
         print(f"{name}, one digit and 100 per request:")
-        show(one, 1)
-        show(hundred, 100)
-        pairs = zip(hundred[server.name], one[server.name], strict=True)
-        print(f"  items/s {statistics.median(100 * many.per_s / single.per_s for many, single in pairs):.1f}x")
+        show({server.name: one}, 1)
+        show({server.name: hundred}, 100)
+        ratios = [100 * many.per_s / single.per_s for many, single in zip(hundred, one, strict=True)]
+        print(f"  items/s {statistics.median(ratios):.1f}x ({min(ratios):.1f} to {max(ratios):.1f})")
 
 
 def batching(given: Any) -> None:

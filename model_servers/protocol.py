@@ -10,6 +10,7 @@ import numpy as np
 
 from model_servers import jsontext
 from model_servers.errors import Refused
+from model_servers.floatmatrix import read_float_matrix
 from model_servers.manifest import Manifest
 from model_servers.rawtensors import from_raw
 from model_servers.tensors import DATATYPES, Tensor, TensorSpec, Wanted, checked_shape, from_json, in_range
@@ -41,6 +42,10 @@ def read_inference(body: bytes, json_bytes: int | None, manifest: Manifest) -> I
         body, raw = body[:json_bytes], raw[json_bytes:]
     else:
         raw = raw[len(body) :]
+    if json_bytes is None and manifest.matrix is not None:
+        matrix = read_float_matrix(body, manifest.matrix)
+        if matrix is not None:
+            return _only(matrix, manifest.matrix, manifest)
     document = _read_document(body)
     short = _short_way(document, manifest) if json_bytes is None else None
     if short is not None:
@@ -80,7 +85,12 @@ def _short_way(document: dict[str, Any], manifest: Manifest) -> Inference | None
     if given not in ((rows * columns,), (rows, columns)) or rows < 1 or not in_range(array, spec.datatype):
         return None
     matrix = array.astype(DATATYPES[spec.datatype]).reshape(rows, columns)
-    return Inference({spec.name: matrix}, rows, manifest.every_output[False], None, {}, None)
+    return _only(matrix, spec, manifest)
+
+
+def _only(matrix: Tensor, spec: TensorSpec, manifest: Manifest) -> Inference:
+    """The request with this input and nothing else."""
+    return Inference({spec.name: matrix}, len(matrix), manifest.every_output[False], None, {}, None)
 
 
 def _read_document(body: bytes) -> dict[str, Any]:

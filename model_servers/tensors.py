@@ -37,6 +37,8 @@ DATATYPES: dict[str, np.dtype[Any]] = {
 
 # Below this sum of squares no value exceeds the largest of the float type with so many bytes (65504, 3.4e38, 1.8e308).
 _SAFE_SQUARES = {"FP16": 4.2e9, "FP32": 1e76, "FP64": math.inf}
+# Below this one every value is below 2**53, so that an integer among them was not rounded on its way to float64.
+_EXACT_SQUARES = 2.0**106
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,11 @@ def in_range(array: Tensor, datatype: str) -> bool:
     """Whether every value of a float64 array is known to be finite as `datatype`; False: look at them one by one."""
     flat = array.ravel()
     return bool(np.vdot(flat, flat) < _SAFE_SQUARES[datatype])
+
+
+def exact(flat: Tensor, datatype: str) -> bool:
+    """Whether float64 values are known to be finite as `datatype`, and unrounded if written as integers."""
+    return bool(np.vdot(flat, flat) < min(_SAFE_SQUARES[datatype], _EXACT_SQUARES))
 
 
 def fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

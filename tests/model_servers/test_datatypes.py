@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_servers import jsontext, protocol
+from model_servers import floatmatrix, jsontext, protocol
 from model_servers.errors import Refused
 from model_servers.manifest import Manifest
 from model_servers.protocol import read_inference
@@ -182,6 +182,88 @@ def test_the_short_way_reads_exactly_what_the_long_way_reads(tensors, rest):
         assert short[1:] == long[1:]
 
 
+NUMBER = st.one_of(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(-(2**54), 2**54))
+MATRICES = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["x", "x", "x", "x[", "z"]),
+        "datatype": st.sampled_from(["FP32", "FP32", "FP32", "FP16"]),
+        "shape": st.sampled_from([[2, 3], [2, 3], [1, 3], [3, 2], [6]]),
+        "data": st.one_of(
+            st.lists(NUMBER, min_size=6, max_size=6),
+            st.lists(st.lists(NUMBER, min_size=3, max_size=3), min_size=2, max_size=2),
+            st.lists(st.lists(st.lists(NUMBER, max_size=2), min_size=3, max_size=3), min_size=2, max_size=2),
+            st.lists(st.one_of(NUMBER, st.just([]), st.lists(NUMBER, min_size=2, max_size=3)), max_size=6),
+            st.lists(ODD, min_size=6, max_size=6),
+            st.lists(st.one_of(st.just("abc"), st.just({"a": 1, "b": 2, "c": 3})), min_size=2, max_size=2),
+        ),
+    }
+)
+
+
+@given(MATRICES, st.sampled_from([{}, {}, {"id": "a"}]))
+def test_a_float_matrix_is_read_exactly_as_the_long_way_reads_it(tensor, rest):
+    try:
+        body = jsontext.standard_write({"inputs": [tensor], **rest})
+    except ValueError:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floatmatrix, "WORTH_BYTES", 0)
+        matrix = floatmatrix.read_float_matrix(body, MATRIX.inputs[0])
+        patch.setattr(floatmatrix, "SIMDJSON", None)
+        patch.setattr(protocol, "_short_way", lambda *_: None)
+        if matrix is None:
+            return
+        long = read_inference(body, None, MATRIX)  # raises, and so fails, for what only the quick way takes
+    assert matrix.dtype == long.inputs["x"].dtype
+    np.testing.assert_array_equal(matrix, long.inputs["x"])
+    assert (long.rows, long.id) == (len(matrix), None)
+
+
+def _body(data, shape=(2, 3), **rest):
+    return json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": shape, "data": data}], **rest}).encode()
+
+
+LEFT_TO_THE_LONG_WAY = {
+    "lists whose flattened length is right by chance": _body([1.5, [], 1.5, [1.5, 1.5], 1.5, 1.5]),
+    "one row too deep": _body([[1.5, [1.5], 1.5], [1.5, 1.5, 1.5]]),
+    "rows of unequal length": _body([[1.5, 1.5], [1.5, 1.5, 1.5, 1.5]]),
+    "too few": _body([1.5] * 5),
+    "a boolean": _body([1.5] * 5 + [True]),
+    "only booleans": _body([True] * 6),
+    "null": _body([1.5] * 5 + [None]),
+    "text as long as a row": _body(["abc", [1.5] * 3]),
+    "an integer that float64 rounds": _body([2**53 + 1] + [1] * 5),
+    "too large for FP32": _body([1e39] + [1.5] * 5),
+    "a key more": _body([1.5] * 6, id="a"),
+    "a shape of booleans": _body([1.5] * 3, shape=(True, 3)),
+    "no rows": _body([], shape=(0, 3)),
+    "the same key twice": b'{"inputs": [], ' + _body([1.5] * 6)[1:],
+    "not UTF-8": _body([1.5] * 6).replace(b"x", b"\xff"),
+    "something behind it": _body([1.5] * 6) + b"x",
+    "not an object": b"[" + _body([1.5] * 6) + b"]",
+    "a number": b"1",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("case", LEFT_TO_THE_LONG_WAY)
+def test_the_quick_way_leaves_to_the_long_way(case, monkeypatch):
+    monkeypatch.setattr(floatmatrix, "WORTH_BYTES", 0)
+    assert floatmatrix.read_float_matrix(LEFT_TO_THE_LONG_WAY[case], MATRIX.inputs[0]) is None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 200, 20_000])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_quick_way_takes_flat_and_nested_data_of_any_size(rows, nested, monkeypatch):
+    monkeypatch.setattr(floatmatrix, "WORTH_BYTES", 0)
+    values = [[0.5 * i, i, -1e-3] for i in range(rows)]
+    data = values if nested else [value for row in values for value in row]
+    for _ in range(2):  # the parser is used again
+        matrix = floatmatrix.read_float_matrix(_body(data, shape=(rows, 3)), MATRIX.inputs[0])
+        assert matrix is not None
+        np.testing.assert_array_equal(matrix, np.asarray(values).astype(np.float32))
+
+
 @given(st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)))
 def test_no_document_raises_anything_but_refused(document):
     try:
@@ -199,3 +281,15 @@ def test_no_document_raises_anything_but_refused(document):
 def test_no_bytes_raise_anything_but_refused(body, json_bytes):
     with pytest.raises(Refused):
         read_inference(body, json_bytes, MATRIX)
+
+
+def _damaged(at, put):
+    body = _body([1.5] * 6)
+    return body[:at] + put + body[at + len(put) :]
+
+
+@given(st.one_of(st.binary(max_size=200), st.builds(_damaged, st.integers(0, 99), st.binary())))
+def test_no_bytes_raise_anything_on_the_quick_way(body):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floatmatrix, "WORTH_BYTES", 0)
+        assert floatmatrix.read_float_matrix(body, MATRIX.inputs[0]) is None or json.loads(body)
