@@ -99,10 +99,10 @@ def _bin_at(ordered: list[tuple[int, int]], rank: int) -> int | None:
 
 
 def parse_latency(counts: Mapping[int | str, int]) -> LatencyHistogram:
-    """A histogram from its counts, also with bins as the texts that JSON makes of them. ValueError for anything else."""
+    """A histogram from its counts, also with the texts that JSON makes of bins. ValueError for anything else."""
     try:
         parsed = {int(bin_): n for bin_, n in counts.items()}
-    except (TypeError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"no latency counts: {error}") from None
     for bin_, n in parsed.items():
         if not REFUSED <= bin_ < BINS or type(n) is not int or n < 0:
