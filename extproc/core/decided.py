@@ -1,13 +1,13 @@
 """What serve decided, counted where it happens and summed where it is shown. Loss and repeats of messages are harmless.
 
-Each process of serve sends its own counts, which only grow; the sum takes the largest that it has seen of each. That is
-a G-counter: merging is taking the maximum, in any order, any number of times. A process that was started again counts
-from zero under a new boot id.
+Each process of serve sends its own counts, which only grow, and `gcounter` sums them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from extproc.core.gcounter import GCounter, Message, Process
 
 MAX_PROCESSES = 1_000
 """Beyond this many, the one that was silent longest is folded into the sum for good."""
@@ -66,37 +66,23 @@ def parse_report(data: Any) -> Report:
 class Decided:
     """The sum over all processes that ever reported."""
 
-    _counts: dict[tuple[str, str], dict[Key, int]] = field(default_factory=dict)
-    _latest: dict[tuple[str, str], Report] = field(default_factory=dict)
-    _gone: dict[Key, int] = field(default_factory=dict)
+    _sums: GCounter[Key] = field(default_factory=lambda: GCounter(MAX_PROCESSES))
+    _latest: dict[Process, Report] = field(default_factory=dict)
 
     def take(self, report: Report) -> None:
         """Merges one report."""
-        who = (report.worker, report.boot)
-        counts = self._counts.pop(who, {})
-        for key, n in report.counts.items():
-            counts[key] = max(n, counts.get(key, 0))
-        self._counts[who] = counts  # the last heard of is last
-        latest = self._latest.get(who)
-        if latest is None or report.seq >= latest.seq:
-            for other in [other for other in self._latest if other[0] == report.worker and other != who]:
+        process = Process(report.worker, report.boot)
+        folded = self._sums.take(Message(process, report.seq, report.counts))
+        if folded is not None:
+            self._latest.pop(folded, None)
+        if report.seq == self._sums.seq(process):
+            for other in [other for other in self._latest if other.replica == report.worker and other != process]:
                 del self._latest[other]  # an earlier boot of this worker says nothing about now
-            self._latest[who] = report
-        if len(self._counts) > MAX_PROCESSES:
-            self._fold(next(iter(self._counts)))
-
-    def _fold(self, who: tuple[str, str]) -> None:
-        for key, n in self._counts.pop(who).items():
-            self._gone[key] = self._gone.get(key, 0) + n
-        self._latest.pop(who, None)
+            self._latest[process] = report
 
     def totals(self) -> dict[Key, int]:
         """Decisions by key."""
-        totals = dict(self._gone)
-        for counts in self._counts.values():
-            for key, n in counts.items():
-                totals[key] = totals.get(key, 0) + n
-        return totals
+        return self._sums.totals()
 
     def by_reason(self, flag: str) -> dict[str, dict[str, int]]:
         """Decisions of one flag: cohort, then reason."""
