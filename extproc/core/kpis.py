@@ -231,8 +231,8 @@ class Kpis:
     max_pending: int = 200_000
     counts: Counts = field(default_factory=Counts)
     _prefixes: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    _numbers: dict[_Group, int] = field(default_factory=dict)
-    _groups: list[_Group] = field(default_factory=list)
+    _numbers: dict[tuple[str, str, int, str, bool], int] = field(default_factory=dict)
+    _groups: list[_Group] = field(default_factory=lambda: [_Group("", "", 0, "", judged=False)])
     _splits: dict[tuple[str, str], int] = field(default_factory=dict)
     _served: dict[int, int] = field(default_factory=dict)
     _units: dict[int, int] = field(default_factory=dict)
@@ -245,6 +245,7 @@ class Kpis:
     _bins: dict[int, Cells] = field(default_factory=dict)
     _old: Cells = field(default_factory=dict)
     _cells: int = 0
+    _advanced_s: float = -math.inf
 
     # --- what is served ---
 
@@ -258,55 +259,57 @@ class Kpis:
 
     def remember(self, request_id: str, served: Served, now_s: float) -> bool:
         """Keeps who was served, and joins what was reported before. False for an id that is known, or no room."""
-        self.advance(now_s)
-        place = _hashed("r", request_id)
+        if not 0 <= now_s - self._advanced_s < 1:
+            self.advance(now_s)
+        place = _place(request_id)
         if place in self._served:
             return False
-        number = self._number(served)
+        flag, stratum, step, arm, cohort, unit_hash, eligible, time_s = served
+        number = self._numbers.get((flag, stratum, step, arm, eligible and arm == cohort))
+        if number is None:
+            number = self._new_group(served)
         if number is None:
             self.counts.unkept += 1
             return False
-        packed = number << 32 | (max(0, int(min(served.time_s, now_s))) & _TIME)
-        unit = self._unit_place(served)
+        packed = number << 32 | int(time_s if 0 < time_s < now_s else max(0.0, now_s))
+        unit = 0 if unit_hash is None or not eligible else self._split(flag, stratum) << 32 | unit_hash
         self._served[place] = packed
-        self._order.extend((place, unit))
+        self._order.append(place)
+        self._order.append(unit)
         self.counts.remembered += 1
-        self._join_early(place, packed)
         if unit:
             self._units[unit] = packed
+        if self._early:
+            self._join_early(place, packed)
             self._join_early(unit, packed)
         if len(self._served) > self.capacity:
             self._forget_first()
             self.counts.pushed_out += 1
         return True
 
-    def _number(self, served: Served) -> int | None:
+    def _new_group(self, served: Served) -> int | None:
         judged = served.eligible and served.arm == served.cohort
+        if len(self._groups) > MAX_GROUPS:
+            return None
         group = _Group(served.flag, served.stratum, served.step, served.arm, judged)
-        number = self._numbers.get(group)
-        if number is None and len(self._groups) < MAX_GROUPS:
-            number = self._numbers[group] = len(self._groups)
-            self._groups.append(group)
-        return number
-
-    def _unit_place(self, served: Served) -> int:
-        """Where the unit of an eligible request is found; 0 for none."""
-        if served.hash is None or not served.eligible:
-            return 0
-        return self._split(served.flag, served.stratum) << 32 | served.hash
+        self._groups.append(group)
+        return self._numbers.setdefault(group, len(self._groups) - 1)
 
     def _split(self, flag: str, stratum: str) -> int:
         """The number of a split, from 1."""
-        return self._splits.setdefault((flag, stratum), len(self._splits) + 1)
+        number = self._splits.get((flag, stratum))
+        return self._splits.setdefault((flag, stratum), len(self._splits) + 1) if number is None else number
 
     def _forget_first(self) -> None:
         place, unit = self._order.popleft(), self._order.popleft()
         packed = self._served.pop(place)
-        if unit and self._units.get(unit) is packed:  # else the unit was served again since
+        # The very number, not an equal one: groups count from 1, so each is made anew and none is a small integer.
+        if unit and self._units.get(unit) is packed:
             del self._units[unit]
 
     def advance(self, now_s: float) -> None:
-        """Forgets what is old, counts what waited in vain. Each call of the others does it too."""
+        """Forgets what is old, counts what waited in vain. The other calls do it too, once a second."""
+        self._advanced_s = now_s
         while self._order and now_s - (self._served[self._order[0]] & _TIME) > LATE * self.window_s:
             self._forget_first()
         early = self._early_order
@@ -321,7 +324,8 @@ class Kpis:
 
     def report(self, reported: Reported, now_s: float) -> Result:
         """Takes one report. What is joined or pending will be in the sums or be counted as unknown, once."""
-        self.advance(now_s)
+        if not 0 <= now_s - self._advanced_s < 1:
+            self.advance(now_s)
         result = self._report(reported, now_s)
         match result.state:
             case State.DUPLICATE:
@@ -359,7 +363,7 @@ class Kpis:
 
     def _places(self, reported: Reported) -> tuple[int, ...]:
         if reported.request_id:
-            return (_hashed("r", reported.request_id),)
+            return (_place(reported.request_id),)
         unit = reported.unit.encode(errors="surrogateescape")
         splits = self._prefixes[reported.flag].items()
         return tuple(self._split(reported.flag, name) << 32 | hash_unit(prefix, unit) for name, prefix in splits)
@@ -469,17 +473,17 @@ def _time_of(packed: int) -> int:
     return packed & _TIME
 
 
-def _hashed(*parts: str) -> int:
-    """60 bits of the parts' hash: a small integer. Lengths before the parts tell ("ab", "c") from ("a", "bc")."""
-    text = "".join(f"{len(part)}:{part}" for part in parts)
-    low: int = mmh3.hash64(text.encode(errors="surrogateescape"), 0, signed=False)[0]
+def _place(text: str) -> int:
+    """60 bits of the text's hash: a small integer."""
+    low: int = mmh3.hash64(text.encode("utf-8", "surrogateescape"), 0, True, False)[0]
     return low & _SIXTY
 
 
 def _identity(reported: Reported) -> int | None:
     """What makes a report the same as another; None for a unit without a key, whose every report counts."""
-    if reported.request_id:
-        return _hashed("r", reported.request_id, reported.name, reported.key)
-    if reported.key:
-        return _hashed("u", reported.flag, reported.unit, reported.name, reported.key)
+    name, _, request_id, unit, flag, key = reported
+    if request_id:  # lengths tell ("ab", "c") from ("a", "bc")
+        return _place(f"{len(request_id)} {len(name)} {request_id}{name}{key}")
+    if key:
+        return _place(f"{len(flag)} {len(unit)} {len(name)} {flag}{unit}{name}{key}")
     return None
