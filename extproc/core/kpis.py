@@ -265,9 +265,10 @@ class Kpis:
         if place in self._served:
             return False
         flag, stratum, step, arm, cohort, unit_hash, eligible, time_s = served
-        number = self._numbers.get((flag, stratum, step, arm, eligible and arm == cohort))
+        group = (flag, stratum, step, arm, eligible and arm == cohort)
+        number = self._numbers.get(group)
         if number is None:
-            number = self._new_group(served)
+            number = self._new_group(_Group(*group))
         if number is None:
             self.counts.unkept += 1
             return False
@@ -287,11 +288,9 @@ class Kpis:
             self.counts.pushed_out += 1
         return True
 
-    def _new_group(self, served: Served) -> int | None:
-        judged = served.eligible and served.arm == served.cohort
+    def _new_group(self, group: _Group) -> int | None:
         if len(self._groups) > MAX_GROUPS:
             return None
-        group = _Group(served.flag, served.stratum, served.step, served.arm, judged)
         self._groups.append(group)
         return self._numbers.setdefault(group, len(self._groups) - 1)
 

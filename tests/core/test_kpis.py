@@ -65,6 +65,14 @@ def test_a_unit_is_joined_to_its_latest_serving_whichever_split_hashed_it(stratu
     assert moments(kpis, arm="canary", stratum=stratum) == (1, 1.0, 1.0)
 
 
+def test_the_latest_serving_counts_also_between_two_splits():
+    kpis = store()
+    for n, stratum in enumerate(("", "pilot", "")):  # the later group was seen before the earlier one
+        kpis.remember(f"r-{n}", served("alice" if n else "bob", stratum=stratum, time_s=n), n)
+    report(kpis, 3, unit="alice", flag="digits")
+    assert (moments(kpis, stratum="").n, moments(kpis, stratum="pilot").n) == (1, 0)
+
+
 def test_a_unit_is_bytes_and_belongs_to_one_flag():
     kpis = store()
     kpis.remember("r-1", served("bob")._replace(hash=hash_unit(b"d:", b"\xff")), 0)
@@ -124,6 +132,7 @@ def test_an_early_report_about_another_flag_is_refused_when_its_request_is_known
     assert report(kpis, request_id="r-1", flag="wine").state is State.PENDING
     kpis.remember("r-1", served(), 0)
     assert (kpis.counts.refused, kpis.counts.pending, moments(kpis).n) == (1, 0, 0)
+    assert report(kpis, request_id="r-1", flag="digits").state is State.JOINED
 
 
 # --- repetition ---
