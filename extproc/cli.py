@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from extproc.bench.command import bench
 from extproc.flagcommands import check, explain, plan, schema
 from extproc.options import Flags, Json, Models, State, Workers, fail, load_models_or_exit, settings_with
 from extproc.settings import Settings
@@ -104,6 +105,7 @@ app.command()(check)
 app.command()(explain)
 app.command()(plan)
 app.command()(schema)
+app.command()(bench)
 
 
 @app.command()

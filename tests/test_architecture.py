@@ -60,6 +60,10 @@ api                   |                                                         
 explain               | core flagfile flagread                                        |
 planning              | core explain flagfile flagread                                |
 checking              | core flagfile flagread flagtests                              |
+bench                 | bench envoyadmin envoyfile modelsfile settings supervisor     | yaml
+bench.logsink         | accesslog wire.outcomes                                       |
+bench.showing         | bench                                                         | rich
+bench.command         | *                                                             | rich typer
 app                   | *                                                             | uvloop
 serve                 | *                                                             |
 control               | *                                                             | aiohttp
@@ -71,7 +75,7 @@ cli                   | *                                                       
 """
 """The row of the module itself, or of the nearest package above it, holds. `*` is everything."""
 
-ROLES = {"app", "serve", "control", "up", "options", "flagcommands", "show", "cli", "__main__"}
+ROLES = {"app", "serve", "control", "up", "options", "flagcommands", "show", "cli", "__main__", "bench.command"}
 """Who wires: nothing but these may import them."""
 
 CORE_STDLIB = {
