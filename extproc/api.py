@@ -1,7 +1,7 @@
 """The control API: what runs, whether it is ready, what Envoy counts. Reads only; knows nothing but its callables."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,11 +13,15 @@ dumps = partial(json.dumps, indent=1)
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the answers come from. `envoy_stats` takes Envoy's own query string; it raises OSError without Envoy."""
+    """Where the answers come from. `envoy_stats` takes Envoy's own query string; it raises OSError without Envoy.
+
+    `routes` are those of other modules, `outcomesapi.outcome_routes` for one.
+    """
 
     status: Callable[[], Awaitable[dict[str, Any]]]
     not_ready: Callable[[], str | None]
     envoy_stats: Callable[[str], Awaitable[tuple[str, bytes]]]
+    routes: Sequence[web.RouteDef] = ()
 
 
 def make_api(sources: Sources) -> web.Application:
@@ -47,6 +51,7 @@ def make_api(sources: Sources) -> web.Application:
             web.get("/readyz", readyz),
             web.get("/v1/status", status),
             web.get("/envoy/stats", envoy_stats),
+            *sources.routes,
         ]
     )
     return app

@@ -57,6 +57,7 @@ accesslog             | wire.outcomes transport.grpcio                          
 answering             | core wire.answer metrics receiver                             |
 controller            | core                                                          |
 api                   |                                                               | aiohttp
+outcomesapi           | core                                                          | aiohttp
 explain               | core flagfile flagread                                        |
 planning              | core explain flagfile flagread                                |
 checking              | core flagfile flagread flagtests                              |
