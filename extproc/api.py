@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 dumps = partial(json.dumps, indent=1)
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +22,12 @@ class Sources:
     status: Callable[[], Awaitable[dict[str, Any]]]
     not_ready: Callable[[], str | None]
     envoy_stats: Callable[[str], Awaitable[tuple[str, bytes]]]
+    metrics: Callable[[], bytes]
     routes: Sequence[web.RouteDef] = ()
 
 
 def make_api(sources: Sources) -> web.Application:
-    """The application: `/livez`, `/readyz`, `/v1/status`, `/envoy/stats`."""
+    """The application: `/livez`, `/readyz`, `/v1/status`, `/envoy/stats`, `/metrics`."""
 
     async def livez(_request: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -44,6 +46,9 @@ def make_api(sources: Sources) -> web.Application:
             return web.json_response({"error": str(error)}, status=502)
         return web.Response(body=body, headers={"content-type": content_type})
 
+    async def metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=sources.metrics(), headers={"content-type": PROMETHEUS_TEXT})
+
     app = web.Application(client_max_size=1 << 20)
     app.add_routes(
         [
@@ -51,6 +56,7 @@ def make_api(sources: Sources) -> web.Application:
             web.get("/readyz", readyz),
             web.get("/v1/status", status),
             web.get("/envoy/stats", envoy_stats),
+            web.get("/metrics", metrics),
             *sources.routes,
         ]
     )

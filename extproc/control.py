@@ -3,24 +3,28 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
+from extproc.accesslog import AccessLogService, StreamInfo
 from extproc.address import TcpAddress, parse_address
 from extproc.api import Sources, make_api
 from extproc.app import StartError, compile_with, envoy_settings, make_metrics, prefixes, until_stopped
+from extproc.cohorts import cohorts_of
 from extproc.controller import Controller, View
 from extproc.core.decided import Decided, parse_report
 from extproc.core.document import Problem
-from extproc.core.exposure import ExposureError, plain_exposures, with_caps
+from extproc.core.exposure import ExposureError, parse_exposures, plain_exposures, with_caps
 from extproc.core.flags import Exposures, Flag
+from extproc.core.kpis import Reported, Result
 from extproc.core.ruleset import headers_of
 from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable
 from extproc.envoyfile import EnvoyFileError, forwarded_headers, render, render_filter, write
@@ -31,9 +35,14 @@ from extproc.flagread import flags_in
 from extproc.flagyaml import MAX_BYTES
 from extproc.metrics import Metrics
 from extproc.modelsfile import Model, load_models
+from extproc.outcomesapi import outcome_routes
 from extproc.receiver import Received, Receiver
+from extproc.reconciling import Reconciler
+from extproc.requestmetrics import RequestMetrics
 from extproc.settings import Settings
 from extproc.statefiles import append_line, read_or_none, write_atomically
+from extproc.telemetry import Steps, Telemetry
+from extproc.wire.outcomes import Batch
 
 LOOK_EVERY_S = 0.5
 ENVOY_COUNTERS = (
@@ -57,6 +66,17 @@ def write_exposures(path: Path, exposures: Exposures) -> None:
     """Puts the exposures where serve reads them. Raises OSError."""
     text = json.dumps(plain_exposures(exposures, "control"), indent=1)
     write_atomically(path, text.encode() + b"\n")
+
+
+def kept_exposures(paths: Paths, version: str) -> Exposures | None:
+    """The exposures of a version that was served before, as serve kept them; None for one it did not keep."""
+    if not re.fullmatch(r"[0-9a-f]{12}\.[0-9]{1,18}", version):
+        return None
+    try:
+        content = read_or_none(paths.rulesets / f"{version}.json", MAX_BYTES)
+        return None if content is None else parse_exposures(json.loads(content))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def close_gates(settings: Settings, models: tuple[Model, ...]) -> None:
@@ -87,6 +107,10 @@ class Control:
     controller: Controller = field(init=False)
     flag_file: FlagFile = field(init=False)
     decided: Decided = field(default_factory=Decided)
+    telemetry: Telemetry = field(init=False)
+    access_log: AccessLogService = field(init=False)
+    reconciler: Reconciler = field(init=False)
+    request_metrics: RequestMetrics = field(init=False)
     _envoy_problem: str = field(default="", init=False)
     _envoy_seen: bool = field(default=False, init=False)
 
@@ -98,6 +122,19 @@ class Control:
             exposures=start_exposures(paths, self.tell),
             write=lambda exposures: write_exposures(paths.exposure, exposures),
             tell=self.tell,
+        )
+        self.telemetry = Telemetry(Steps(lambda version: kept_exposures(paths, version)))
+        self.telemetry.take_exposures(self.controller.exposures)
+        self.access_log = AccessLogService(self.take_outcomes, time.monotonic)
+        self.reconciler = Reconciler(
+            admin=self.admin,
+            decided=self.decided,
+            log=self.telemetry.log,
+            models=self.telemetry.model_of,
+            tell=self.tell,
+        )
+        self.request_metrics = RequestMetrics(
+            self.telemetry, self.access_log.counts, lambda: self.reconciler.found.differences
         )
         receiver = Receiver(prefixes(self.models), None, self.take_flags)
         self.flag_file = FlagFile(
@@ -122,6 +159,7 @@ class Control:
         """A ruleset that serve serves too: its flags get their gates, Envoy the headers that it reads."""
         flags = [flag for flag, _ in received.flags]
         self.controller.take_flags(flags, received.published.ruleset.version)
+        self.telemetry.take_flags(flags, self.controller.exposures)
         self.forward_headers(flags)
 
     def render_envoy(self) -> None:
@@ -152,11 +190,38 @@ class Control:
         if changed:
             self.tell("headers_forwarded", f"Envoy shows perch these headers from now on: {', '.join(names)}")
 
+    def take_outcomes(self, batch: Batch, _stream: StreamInfo) -> None:
+        """What became of some requests, from Envoy's access log."""
+        self.telemetry.take(batch.outcomes, time.monotonic())
+
+    def report(self, reported: Reported) -> Result:
+        """A value that somebody reports about a request or a unit."""
+        return self.telemetry.report(reported, time.monotonic())
+
+    async def log_outcomes(self) -> None:
+        """Serves the access log, and ends each second of it. Raises StartError when its address is taken."""
+        listen = self.settings.access_log
+        try:
+            await self.access_log.start(listen)
+        except OSError as error:
+            raise StartError(f"cannot listen at {listen} for Envoy's access log: {error}") from None
+        second = 0
+        try:
+            while True:
+                await asyncio.sleep(1 - time.monotonic() % 1)
+                second = max(second + 1, int(time.monotonic()))
+                self.request_metrics.second(second, self.metrics)
+        finally:
+            await self.access_log.stop(0)
+
     async def look(self) -> None:
         """Asks Envoy, ticks the controller, again and again."""
         while True:
             view = await self._view()
+            before = self.controller.exposures
             self.controller.tick(time.monotonic(), view)
+            if self.controller.exposures is not before:
+                self.telemetry.take_exposures(self.controller.exposures)
             for model in self.models:
                 if view is not None:
                     tags = {"model": model.name}
@@ -189,8 +254,26 @@ class Control:
                 "version": published.version if published else None,
                 "problems": [f"{self.settings.flags}:{problem}" for problem in problems],
             },
-            "flags": {key: {**row, **self._decided(key)} for key, row in self.controller.status().items()},
+            "flags": {key: {**row, **self._measured(key)} for key, row in self.controller.status().items()},
+            "alerts": self.reconciler.alerts(),
+            "access_log": self._log_status(),
             "envoy": await self._envoy_status(),
+        }
+
+    def _measured(self, key: str) -> dict[str, Any]:
+        """What was measured of a flag's requests; a key only once there is something behind it."""
+        found = {**self._decided(key), **cohorts_of(self.telemetry, key)}
+        difference = self.reconciler.found.differences.get(key)
+        return found if difference is None else {**found, "reconciliation": asdict(difference)}
+
+    def _log_status(self) -> dict[str, Any]:
+        """What came over the access log, and from whom."""
+        counts = self.access_log.counts
+        return {
+            "streams": counts.open,
+            "entries": counts.entries,
+            "unreadable": counts.unreadable + counts.unreadable_messages,
+            "envoys": {node: seen.entries for node, seen in counts.envoys.items()},
         }
 
     def _decided(self, key: str) -> dict[str, Any]:
@@ -246,7 +329,9 @@ async def control(settings: Settings) -> None:
         role = Control(settings, models, metrics, Events("control", settings.events), compiler, admin)
         role.render_envoy()
         async with listening(role):
-            await until_stopped(role.flag_file.follow, role.look, role.hear, metrics.run)
+            await until_stopped(
+                role.flag_file.follow, role.look, role.hear, role.log_outcomes, role.reconciler.run, metrics.run
+            )
     finally:
         await admin.close()
         await compiler.stop()
@@ -256,7 +341,13 @@ async def control(settings: Settings) -> None:
 @contextlib.asynccontextmanager
 async def listening(role: Control) -> AsyncIterator[None]:
     """The API, listening while the body runs. Raises StartError when its address is taken."""
-    sources = Sources(status=role.status, not_ready=role.controller.not_ready, envoy_stats=role.envoy_stats)
+    sources = Sources(
+        status=role.status,
+        not_ready=role.controller.not_ready,
+        envoy_stats=role.envoy_stats,
+        metrics=role.request_metrics.prometheus,
+        routes=outcome_routes(role.report),
+    )
     runner = web.AppRunner(make_api(sources), access_log=None)
     await runner.setup()
     listen = role.settings.control_listen

@@ -33,7 +33,7 @@ import statsd
 from extproc.datagrams import PACKET_BYTES, Outlet, read_address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 _SAMPLES: Final = 64  # timings kept per series and flush: a p95 of 64 samples is good to about one rank in twenty
 _MAX_TIMED_SERIES: Final = 128  # with _SAMPLES, at most 8,192 timing lines a flush
@@ -127,6 +127,19 @@ class Metrics:
                 return
             timings[key] = _Reservoir()
         timings[key].add(number)
+
+    def timings(self, name: str, ms: Sequence[float], seen: int, **tags: str) -> None:
+        """Note a fair sample of `seen` durations in milliseconds at once; it replaces what was noted since the flush.
+
+        Beyond 64 only the first are sent, with the rate that says how many they stand for.
+        """
+        if self._outlet is None or not ms:
+            return
+        self.timing(name, ms[0], **tags)
+        reservoir = self._tally.timings.get((name, frozenset(tags.items())))
+        if reservoir is not None:
+            kept = [number for number in map(_number, ms[:_SAMPLES]) if number is not None and number >= 0]
+            reservoir.kept, reservoir.seen = kept, max(seen, len(kept))
 
     def flush(self) -> None:
         """Send what has gathered. A full or dead socket loses its lines, counted; it never makes this wait."""

@@ -84,6 +84,17 @@ class Decided:
         """Decisions by key."""
         return self._sums.totals()
 
+    def by_flag(self) -> dict[str, int]:
+        """Decisions by flag."""
+        found: dict[str, int] = {}
+        for key, n in self.totals().items():
+            found[key.flag] = found.get(key.flag, 0) + n
+        return found
+
+    def processes(self) -> frozenset[Process]:
+        """Every process that reported."""
+        return self._sums.processes()
+
     def by_reason(self, flag: str) -> dict[str, dict[str, int]]:
         """Decisions of one flag: cohort, then reason."""
         found: dict[str, dict[str, int]] = {}

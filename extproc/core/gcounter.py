@@ -83,6 +83,10 @@ class GCounter(Generic[Key]):
         """The newest message of a process; None for an unknown or folded one."""
         return self._seqs.get(process)
 
+    def processes(self) -> frozenset[Process]:
+        """Who reported, but for those that were folded."""
+        return frozenset(self._counts)
+
     def totals(self) -> dict[Key, int]:
         """The sum by key."""
         totals = dict(self._folded)

@@ -1,0 +1,382 @@
+"""What each cohort really got: counts by second, latencies, predictions, of outcomes as they come.
+
+Two views are kept. What is shown counts every inference request under (flag, cohort, model version). What may be judged
+counts eligible ones only, under (flag, stratum, step, arm): the stratum is "" for the flag's own percentage and the
+rule's name for a rule with one; the step belongs to the ruleset version that decided, never to the clock.
+
+Intention to treat: requests, errors and fall-backs belong to the arm that was assigned; latencies and predictions to
+requests that this arm also served. All counts are taken at the request's end and only grow, so that replicas merge by
+adding what each of them counted.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from extproc.core.firsts import Firsts
+from extproc.core.latency import bin_of
+from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.predictions import PredictionComparison, vote
+
+RECENT_S = 60
+"""Seconds that "the last minute" has."""
+MAX_GROUPS = 2_048
+MAX_CELLS = 2 * MAX_GROUPS
+MAX_SERIES = 2_000
+MAX_LABELS = 1_000
+"""Different predictions told apart in one cohort of a flag."""
+MAX_VERSIONS = 16
+"""Model versions told apart in one cohort of a flag; a server that makes up more gets `other`."""
+_MAX_LANES = 20_000
+OTHER = "other"
+NONE = "none"
+"""Cohort and flag of a request that perch said nothing about."""
+
+
+class CellKey(NamedTuple):
+    """What is judged separately."""
+
+    flag: str
+    stratum: str
+    step: int
+    arm: str
+
+
+class GroupKey(NamedTuple):
+    """Two cells that are compared with each other."""
+
+    flag: str
+    stratum: str
+    step: int
+
+
+class SeriesKey(NamedTuple):
+    """What is shown separately."""
+
+    flag: str
+    cohort: str
+    model_version: str
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of some outcomes. `latency` maps a bin of `core.latency` to its number, `errors` a class to its number.
+
+    `bad` is errors or fell back, each request once. `units` are units whose first outcome of the step is in here, and
+    `bad_units` those for whom it was bad. `aborted` requests, given up by the client, are in none of the others.
+    `served` are requests that were served by the arm they were assigned to, the only ones with a duration in here;
+    `refused` are durations that are no time.
+    """
+
+    requests: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+    bad: int = 0
+    fell_back: int = 0
+    failed_open: int = 0
+    mismatched: int = 0
+    aborted: int = 0
+    units: int = 0
+    bad_units: int = 0
+    served: int = 0
+    refused: int = 0
+    latency: dict[int, int] = field(default_factory=dict)
+    upstream: dict[int, int] = field(default_factory=dict)
+
+    def merge(self, other: "Tally") -> None:
+        """Adds another tally."""
+        for name in _WHOLE:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        _add(self.errors, other.errors)
+        _add(self.latency, other.latency)
+        _add(self.upstream, other.upstream)
+
+    def remove(self, other: "Tally") -> None:
+        """Takes off a tally that was merged before."""
+        for name in _WHOLE:
+            setattr(self, name, getattr(self, name) - getattr(other, name))
+        for name in _KEYED:
+            into: dict[Any, int] = getattr(self, name)
+            for key, n in getattr(other, name).items():
+                into[key] -= n
+                if not into[key]:
+                    del into[key]
+
+    def counts(self) -> Iterator[tuple[tuple[str, str | int], int]]:
+        """Everything as flat whole numbers, for a G-counter; 0 is left out."""
+        for name in _WHOLE:
+            if n := getattr(self, name):
+                yield (name, ""), n
+        for name in _KEYED:
+            for key, n in getattr(self, name).items():
+                yield (name, key), n
+
+
+_WHOLE = (
+    "requests", "bad", "fell_back", "failed_open", "mismatched", "aborted", "units", "bad_units", "served", "refused",
+)  # fmt: skip
+_KEYED = ("errors", "latency", "upstream")
+
+
+def _add(into: dict[Any, int], other: Mapping[Any, int]) -> None:
+    for key, n in other.items():
+        into[key] = into.get(key, 0) + n
+
+
+@dataclass(slots=True)
+class Window:
+    """One series over time: all that was before this second, this second, and the last minute by the second."""
+
+    before: Tally = field(default_factory=Tally)
+    now: Tally = field(default_factory=Tally)
+    _recent: deque[tuple[int, Tally]] = field(default_factory=deque)
+    _minute: Tally = field(default_factory=Tally)
+
+    def roll(self, second: int) -> Tally | None:
+        """Ends the second: what it brought, None for nothing. Whatever left the last minute is forgotten there."""
+        while self._recent and self._recent[0][0] <= second - RECENT_S:
+            self._minute.remove(self._recent.popleft()[1])
+        ended = self.now
+        if not ended.requests and not ended.aborted:
+            return None
+        self.now = Tally()
+        self.before.merge(ended)
+        self._minute.merge(ended)
+        self._recent.append((second, ended))
+        return ended
+
+    def total(self) -> Tally:
+        """Everything so far, as a copy."""
+        tally = Tally()
+        tally.merge(self.before)
+        tally.merge(self.now)
+        return tally
+
+    def last_minute(self) -> Tally:
+        """The last RECENT_S seconds and the one that has begun, as a copy."""
+        tally = Tally()
+        tally.merge(self._minute)
+        tally.merge(self.now)
+        return tally
+
+
+@dataclass(slots=True)
+class Group:
+    """What the two arms of one comparison share: their predictions, and which units were seen in this step."""
+
+    predictions: PredictionComparison = field(default_factory=PredictionComparison)
+    firsts: Firsts = field(default_factory=Firsts)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """All outcomes of one kind, and what they have in common, found once. `now` is counted into the windows later."""
+
+    shown: Window
+    cell: Window | None
+    group: Group | None
+    arm: str
+    fell_back: bool
+    mismatched: bool
+    failed_open: bool
+    measured: bool
+    labels: dict[str, int]
+    now: Tally = field(default_factory=Tally)
+    votes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Windows:
+    """All series. `step_of` is (flag, ruleset version) -> step, None for a version nobody knows.
+
+    Everything is bounded; `dropped` counts, by kind, what was given up for it. `seconds` is how many have ended.
+    """
+
+    step_of: Callable[[str, str], int | None]
+    kind_of: Callable[[str], str] = lambda _flag: "auto"
+    shown: dict[SeriesKey, Window] = field(default_factory=dict)
+    cells: OrderedDict[CellKey, Window] = field(default_factory=OrderedDict)
+    groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    seconds: int = 0
+    _labels: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
+    _lanes: dict[object, _Lane] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        """Counts one outcome of an inference route; others are none of a cohort's business and are passed over.
+
+        The path of every entry of the log, so it does once what two views need: `settle` adds it to both.
+        """
+        (assignment, unit_hash, model, arm, served, inference, failed_open, status, _attempts, deadline, aborted,
+         upstream_ms, total_ms, model_version, predictions, count, _id, _ended_s) = outcome  # fmt: skip
+        if not inference:
+            return
+        key = (assignment, model, arm, served, failed_open, model_version)
+        lane = self._lanes.get(key) or self._new_lane(key, outcome)
+        tally = lane.now
+        if aborted:
+            tally.aborted += 1
+            return
+        tally.requests += 1
+        bad = lane.fell_back
+        if deadline or not 0 < status < 500:
+            bad = True
+            error = "deadline" if deadline else "5xx" if status else "no_answer"
+            tally.errors[error] = tally.errors.get(error, 0) + 1
+        if bad:
+            tally.bad += 1
+        if lane.measured:
+            _measure(tally, total_ms, upstream_ms)
+            if predictions:
+                item = predictions if count == 1 else vote(predictions, count, unit_hash or 0)
+                if item is not None:
+                    lane.votes[item] = lane.votes.get(item, 0) + 1
+        group = lane.group
+        if group is not None and unit_hash is not None and group.firsts.first(unit_hash):
+            tally.units += 1
+            if bad:
+                tally.bad_units += 1
+
+    def settle(self) -> None:
+        """Brings everything that was added into the windows: before anybody reads them."""
+        for lane in self._lanes.values():
+            tally = lane.now
+            if not tally.requests and not tally.aborted:
+                continue
+            lane.now = Tally()
+            for name in ("fell_back", "mismatched", "failed_open"):
+                if getattr(lane, name):
+                    setattr(tally, name, tally.requests)
+            lane.shown.now.merge(tally)
+            if lane.cell is not None:
+                lane.cell.now.merge(tally)
+            self._settle_votes(lane)
+
+    def _settle_votes(self, lane: _Lane) -> None:
+        votes, lane.votes = lane.votes, {}
+        labels = lane.labels
+        for item, n in votes.items():
+            known = item if item in labels or len(labels) < MAX_LABELS else OTHER
+            labels[known] = labels.get(known, 0) + n
+            if lane.group is not None:
+                for _ in range(n):
+                    lane.group.predictions.add(lane.arm, item)
+
+    def roll(self, second: int) -> tuple[dict[SeriesKey, Tally], dict[CellKey, Tally]]:
+        """Ends a second: what it brought to each series that is shown, and to each cell that is judged."""
+        self.settle()
+        self.seconds += 1
+        shown = {key: tally for key, window in self.shown.items() if (tally := window.roll(second)) is not None}
+        judged = {key: tally for key, window in self.cells.items() if (tally := window.roll(second)) is not None}
+        return shown, judged
+
+    def labels(self, flag: str, arm: str) -> Mapping[str, int]:
+        """Predictions of an arm of a flag as they came, with their number; beyond MAX_LABELS different ones `other`."""
+        return self._labels.get((flag, arm), {})
+
+    def newest(self, flag: str, stratum: str = "") -> GroupKey | None:
+        """The comparison of the highest step that a flag has, or None."""
+        found = [key for key in self.groups if key.flag == flag and key.stratum == stratum]
+        return max(found, key=lambda key: key.step, default=None)
+
+    def counts(self) -> dict[tuple[str | int, ...], int]:
+        """What was judged, as flat whole numbers that only grow: what a replica tells the others."""
+        found: dict[tuple[str | int, ...], int] = {}
+        for key, window in self.cells.items():
+            for name, n in window.total().counts():
+                found[*key, *name] = n
+        return found
+
+    def _new_lane(self, key: tuple[object, ...], outcome: Outcome) -> _Lane:
+        if len(self._lanes) >= _MAX_LANES:
+            self._forget_lanes()
+        assignment = outcome.assignment
+        flag, cohort = (assignment.flag or NONE, assignment.cohort) if assignment is not None else (NONE, NONE)
+        cell_key = self._cell_key(outcome)
+        group = self._group(cell_key) if cell_key is not None else None
+        measured = bool(outcome.served) and (assignment is None or outcome.served == cohort)
+        lane = _Lane(
+            shown=self._series(flag, cohort, outcome.model_version),
+            cell=self._cell(cell_key) if cell_key is not None else None,
+            group=group,
+            arm=cohort,
+            fell_back=outcome.fell_back,
+            mismatched=outcome.mismatched,
+            failed_open=outcome.failed_open,
+            measured=measured and not outcome.mismatched,
+            labels=self._labels_of(flag, cohort),
+        )
+        self._lanes[key] = lane
+        return lane
+
+    def _forget_lanes(self) -> None:
+        """Nothing is lost: a lane only remembers where its series are."""
+        self.settle()
+        self._lanes.clear()
+
+    def _cell_key(self, outcome: Outcome) -> CellKey | None:
+        assignment = outcome.assignment
+        if assignment is None or not outcome._replace(aborted=False).eligible:
+            return None
+        step = self.step_of(assignment.flag, assignment.version)
+        if step is None:
+            self._drop("unknown_version")
+            return None
+        return CellKey(assignment.flag, stratum_of(assignment), step, assignment.cohort)
+
+    def _cell(self, key: CellKey) -> Window:
+        if key not in self.cells:
+            if len(self.cells) >= MAX_CELLS:
+                self.cells.popitem(last=False)
+                self._forget_lanes()
+                self._drop("cells")
+            self.cells[key] = Window()
+        return self.cells[key]
+
+    def _group(self, key: CellKey) -> Group:
+        group = GroupKey(key.flag, key.stratum, key.step)
+        if group not in self.groups:
+            if len(self.groups) >= MAX_GROUPS:
+                self.groups.popitem(last=False)
+                self._forget_lanes()
+                self._drop("groups")
+            self.groups[group] = Group(PredictionComparison(self.kind_of(key.flag)))
+        return self.groups[group]
+
+    def _series(self, flag: str, cohort: str, version: str) -> Window:
+        key = SeriesKey(flag, cohort, version or NONE)
+        if key in self.shown:
+            return self.shown[key]
+        versions = sum(1 for known in self.shown if known.flag == flag and known.cohort == cohort)
+        if versions >= MAX_VERSIONS or len(self.shown) >= MAX_SERIES:
+            self._drop("series")
+            key = SeriesKey(flag, cohort, OTHER) if len(self.shown) < MAX_SERIES else SeriesKey(OTHER, OTHER, OTHER)
+        return self.shown.setdefault(key, Window())
+
+    def _labels_of(self, flag: str, cohort: str) -> dict[str, int]:
+        key = (flag, cohort)
+        if key not in self._labels and len(self._labels) >= MAX_SERIES:
+            key = (OTHER, OTHER)
+        return self._labels.setdefault(key, {})
+
+    def _drop(self, what: str) -> None:
+        self.dropped[what] = self.dropped.get(what, 0) + 1
+
+
+def stratum_of(assignment: Assignment) -> str:
+    """The stratum: "" for a flag's own percentage, the rule's name for a rule with one."""
+    return assignment.rule if assignment.reason == "RULE_SPLIT" else ""
+
+
+def _measure(tally: Tally, total_ms: float, upstream_ms: float | None) -> None:
+    """Durations: they count only for the arm that served as it was told to."""
+    tally.served += 1
+    latency = tally.latency
+    place = bin_of(total_ms)
+    if place < 0:
+        tally.refused += 1
+    else:
+        latency[place] = latency.get(place, 0) + 1
+    if upstream_ms is not None and (place := bin_of(upstream_ms)) >= 0:
+        upstream = tally.upstream
+        upstream[place] = upstream.get(place, 0) + 1

@@ -1,0 +1,108 @@
+"""What each cohort really got: takes outcomes from the access log, keeps windows, KPIs and the log's own counts.
+
+Knows no clock: the time is an argument, as in the core that it puts together.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from extproc.core.flags import Exposures, Flag
+from extproc.core.kpis import Kpis, Reported, Result, Served, unit_prefixes
+from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.reconcile import LogCounts
+from extproc.core.windows import Windows, stratum_of
+
+_MAX_SEQS = 4_096
+
+
+@dataclass(slots=True)
+class Steps:
+    """Which step of its rollout a flag was at when a ruleset version was served.
+
+    `kept` reads the exposures of a version that was served before this process began, None for one that is unknown.
+    """
+
+    kept: Callable[[str], Exposures | None]
+    _known: OrderedDict[str, Exposures] = field(default_factory=OrderedDict)
+
+    def learn(self, exposures: Exposures) -> None:
+        """Exposures that are written now; their seq is the end of the versions that they make."""
+        self._keep(str(exposures.seq), exposures)
+
+    def of(self, flag: str, version: str) -> int | None:
+        """The step, 0 for a flag without exposure, None for a version that nobody knows."""
+        _, _, seq = version.rpartition(".")
+        exposures = self._known.get(seq)
+        if exposures is None:
+            exposures = self.kept(version)
+            if exposures is None:
+                return None
+            self._keep(seq, exposures)
+        exposure = exposures.flags.get(flag)
+        return 0 if exposure is None else exposure.step
+
+    def _keep(self, seq: str, exposures: Exposures) -> None:
+        self._known[seq] = exposures
+        if len(self._known) > _MAX_SEQS:
+            self._known.popitem(last=False)
+
+
+@dataclass(slots=True)
+class Telemetry:
+    """All counts of one control process."""
+
+    steps: Steps
+    windows: Windows = field(init=False)
+    log: LogCounts = field(default_factory=LogCounts)
+    kpis: Kpis = field(default_factory=Kpis)
+    _flags: tuple[Flag, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Ties the windows to the steps."""
+        self.windows = Windows(self.steps.of)
+
+    def take_flags(self, flags: Iterable[Flag], exposures: Exposures) -> None:
+        """The flags that are served now: what values may be reported about."""
+        self._flags = tuple(flags)
+        self.take_exposures(exposures)
+
+    def take_exposures(self, exposures: Exposures) -> None:
+        """What the controller decided: the steps, and the salts that units are hashed with."""
+        self.steps.learn(exposures)
+        found = {}
+        for flag in self._flags:
+            exposure = exposures.of(flag)
+            found[flag.key] = unit_prefixes(flag, exposure.attempt if exposure is not None else 0)
+        self.kpis.take_flags(found)
+
+    def take(self, outcomes: Iterable[Outcome], now_s: float) -> None:
+        """Counts what became of some requests, at a time that never steps, in seconds."""
+        add, count, remember = self.windows.add, self.log.add, self.kpis.remember
+        for outcome in outcomes:
+            add(outcome)
+            count(outcome)
+            assignment = outcome.assignment
+            if assignment is not None and outcome.request_id and outcome.served:
+                remember(outcome.request_id, self._served(assignment, outcome, now_s), now_s)
+
+    def report(self, reported: Reported, now_s: float) -> Result:
+        """A value that somebody reports about a request or a unit, at the same clock as `take`."""
+        return self.kpis.report(reported, now_s)
+
+    def _served(self, assignment: Assignment, outcome: Outcome, now_s: float) -> Served:
+        step = self.steps.of(assignment.flag, assignment.version)
+        return Served(
+            flag=assignment.flag,
+            stratum=stratum_of(assignment),
+            step=step or 0,
+            arm=outcome.served,
+            cohort=assignment.cohort,
+            hash=outcome.hash,
+            eligible=outcome.eligible and step is not None,
+            time_s=now_s,
+        )
+
+    def model_of(self) -> Mapping[str, str]:
+        """Each flag's model."""
+        return {flag.key: flag.model for flag in self._flags}
