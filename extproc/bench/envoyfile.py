@@ -47,6 +47,7 @@ def bootstrap(ways: Iterable[Way], models: Mapping[str, Model], headers: Iterabl
         "node": shipped["bootstrap.yaml"]["node"],
         "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
         "layered_runtime": {"layers": runtime},
+        "overload_manager": shipped["bootstrap.yaml"]["overload_manager"],
         "static_resources": {
             "listeners": [_listener(way, shipped) for way in ways],
             "clusters": [_cluster(clusters["perch"], name, folder) for name in names] + [clusters["perch_als"]],

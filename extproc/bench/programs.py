@@ -3,6 +3,7 @@
 Several flags with rules, StatsD counters, metadata with the hash, health checks: `perch serve` as people run it.
 """
 
+import asyncio
 import shlex
 import socket
 import sys
@@ -114,13 +115,13 @@ def processes(plan: Plan, folder: Path, statsd: str, ports: Ports) -> Iterator[P
     for name in (FAST, GRPCIO):
         serve = (sys.executable, "-m", "extproc", "serve")
         own = _serve_environment(name, folder, statsd)
-        yield Process(name=name, argv=serve, env=own, log_path=folder / f"{name}.log")
+        yield _server(name, serve, own, folder)
     for name, line in plan.others.items():
         command = tuple(part.replace(SOCKET, str(folder / f"{name}.sock")) for part in shlex.split(line))
-        yield Process(name=name, argv=command, env=env, log_path=folder / f"{name}.log")
+        yield _server(name, command, env, folder)
     if plan.access_log:
         sink = (sys.executable, "-m", "extproc.bench.logsink", f"unix:{folder}/log.sock")
-        yield Process(name="log", argv=sink, env=env, log_path=folder / "log.log")
+        yield _server("log", sink, env, folder)
     config = folder / "envoy.yaml"
     models = {model.name: model for model in load_models(folder / "models.yaml")}
     config.write_text(bootstrap(plan.ways, models, RULE_HEADERS, folder), encoding="utf-8")
@@ -137,6 +138,18 @@ def processes(plan: Plan, folder: Path, statsd: str, ports: Ports) -> Iterator[P
         ready=lambda: ports.answering(servers),
         ready_within_s=READY_WITHIN_S,
     )
+
+
+def _server(name: str, argv: tuple[str, ...], env: Mapping[str, str], folder: Path) -> Process:
+    """A server that is ready once something accepts at its socket; one that ends before never will be."""
+    path = folder / f"{name}.sock"
+
+    async def accepts() -> bool:
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.close()
+        return True
+
+    return Process(name=name, argv=argv, env=env, log_path=folder / f"{name}.log", ready=accepts)
 
 
 def _serve_environment(name: str, folder: Path, statsd: str) -> Mapping[str, str]:
