@@ -63,10 +63,12 @@ class NumberBins(NamedTuple):
 def _names(edges: tuple[float, ...]) -> list[str]:
     if not edges:
         return ["all"]
-    shown = [f"{edge:.6g}" for edge in edges]
-    inner = [low if low == high else f"{low} .. {high}" for low, high in pairwise(shown)]
-    first = "<" if inner and inner[0] == shown[0] else "<="  # what is equal has a bin of its own
-    return [f"{first} {shown[0]}", *inner, f"> {shown[-1]}"]
+    alone = [nextafter(low, inf) == high for low, high in pairwise((*edges, inf))]  # the bin above holds one value
+    shown = [
+        f"{high if single else low:.6g}" for low, high, single in zip(edges, (*edges[1:], inf), alone, strict=True)
+    ]
+    inner = [high if single else f"{low} .. {high}" for low, high, single in zip(shown, shown[1:], alone, strict=False)]
+    return [f"{'<' if alone[0] else '<='} {shown[0]}", *inner, f"> {shown[-1]}"]
 
 
 def slot_of(edges: tuple[float, ...], text: str) -> int:
@@ -114,7 +116,7 @@ def parse_bins(data: Any) -> NumberBins:
     """Bins from what JSON gave. Raises ValueError for anything else."""
     try:
         edges, positions = ([float(value) for value in data[name]] for name in ("edges", "positions"))
-    except (TypeError, KeyError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"no bins: {error}") from None
     finite = all(-LARGEST <= value <= LARGEST for value in (*edges, *positions))
     if not finite or len(positions) != len(edges) + 1 or edges != sorted(set(edges)):

@@ -126,7 +126,7 @@ def parse_vector_bins(data: Any) -> VectorBins:
     try:
         mean = tuple(float(value) for value in data["mean"])
         features = tuple(parse_bins(each) for each in data["features"])
-    except (TypeError, KeyError, IndexError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"no reference: {error}") from None
     small = all(len(each.edges) < BINS for each in features)
     finite = all(-LARGEST <= value <= LARGEST for value in mean)
