@@ -92,13 +92,16 @@ async def answered(content: StreamReader, content_type: str, report: Report) -> 
     if content_type in NDJSON:
         return await _lines(report, b"", content)
     begun = await _first_line(content)
-    if not begun.lstrip().startswith(b"[") and _is_json(begun.partition(b"\n")[0]):
+    if not begun.startswith(b"[") and _is_json(begun.partition(b"\n")[0]):
         return await _lines(report, begun, content)
     return await _whole(report, begun, content)
 
 
 async def _first_line(content: StreamReader) -> bytes:
-    """The body up to the end of its first line that is not empty or a little further; all of it if it ends before."""
+    """The body up to the end of its first line or a little further; all of it if it ends before.
+
+    What is empty before the first line is left out, of its number too.
+    """
     begun = bytearray()
     async for chunk in content.iter_any():
         begun += chunk if begun else chunk.lstrip()
@@ -143,8 +146,7 @@ async def split_lines(begun: bytes, content: StreamReader) -> AsyncIterator[byte
             yield None if skipping or len(rest) > MAX_LINE else bytes(rest)
             rest.clear()
             skipping = False
-        if not skipping:
-            rest += last
+        rest += last
         if len(rest) > MAX_LINE:
             rest.clear()
             skipping = True

@@ -64,6 +64,7 @@ requestmetrics        | core accesslog cohorts metricnames metrics telemetry    
 reconciling           | core envoyadmin                                               |
 api                   |                                                               | aiohttp
 outcomesapi           | core                                                          | aiohttp
+client                |                                                               |
 explain               | core flagfile flagread                                        |
 planning              | core explain flagfile flagread                                |
 checking              | core flagfile flagread flagtests                              |
