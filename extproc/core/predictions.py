@@ -61,7 +61,9 @@ def vote(header: str, count: int | None, unit_hash: int) -> str | None:
     The index is `unit_hash mod min(count, SHOWN)`, so that a big batch is one vote and a unit cannot choose which. A
     header shorter than `count` says is taken for as long as it is. An empty header is the empty label if `count` is 1.
     """
-    if not header and count != 1:
+    if count == 1 and "," not in header:
+        return header.strip()
+    if not header:
         return None
     items = header.split(",", SHOWN)
     n = min(len(items), SHOWN) if count is None else min(len(items), SHOWN, count)
@@ -181,7 +183,7 @@ class PredictionComparison:
 
     def observe(self, arm: str, header: str, count: int | None, unit_hash: int) -> None:
         """Counts the vote of one response of an arm, from its two headers and its unit's hash."""
-        item = vote_of(self.kind)(header, count, unit_hash)
+        item = (_whole if self.kind == Kind.VECTOR else vote)(header, count, unit_hash)
         if item is not None:
             self.add(arm, item)
 

@@ -39,14 +39,20 @@ def projections(components: int) -> Floats:
     return np.array([[_gaussian(row, column) for column in range(PROJECTIONS)] for row in range(components)])
 
 
-def vector_of(text: str) -> list[float] | None:
-    """The first COMPONENTS numbers of a comma list; None when one of them is no finite number."""
+def _numbers(text: str) -> list[float]:
+    """The first COMPONENTS numbers of a comma list; nothing when one of them is no number."""
     try:
-        vector = [float(part) for part in text.split(",", COMPONENTS)[:COMPONENTS]]
+        return list(map(float, text.split(",", COMPONENTS)[:COMPONENTS]))
     except ValueError:
-        return None
-    # max and min pass over a NaN, the sum does not
-    return vector if max(vector) <= LARGEST and min(vector) >= -LARGEST and abs(sum(vector)) < inf else None
+        return []
+
+
+def vectors_of(texts: Mapping[str, int], components: int) -> tuple[Floats, list[int]]:
+    """The finite vectors of that length, shape (n, components), and how often each came."""
+    parsed = [(vector, n) for text, n in texts.items() if len(vector := _numbers(text)) == components]
+    vectors = np.array([vector for vector, _ in parsed], dtype=np.float64).reshape(len(parsed), components)
+    finite = (np.abs(vectors) <= LARGEST).all(axis=1)  # false for a NaN too
+    return vectors[finite], [parsed[index][1] for index in np.flatnonzero(finite)]
 
 
 def features_of(vectors: Floats, mean: Floats) -> Floats:
@@ -78,16 +84,14 @@ class VectorBins:
 
     def place(self, texts: Mapping[str, int]) -> list[int]:
         """Counts of texts as counts of bins, feature by feature. A vector of another length is none."""
-        found = [(vector_of(text), n) for text, n in texts.items()]
-        usable = [(vector, n) for vector, n in found if vector is not None and len(vector) == len(self.mean)]
-        strange = sum(n for _, n in found) - sum(n for _, n in usable)
-        if not usable:
+        vectors, weights = vectors_of(texts, len(self.mean)) if self.mean else (np.empty((0, 0)), [])
+        strange = sum(texts.values()) - sum(weights)
+        if not weights:
             return [0] * (self.size - 1) + [strange]
-        values = features_of(np.array([vector for vector, _ in usable]), np.array(self.mean))
+        values = features_of(vectors, np.array(self.mean))
         bins = (values[:, :, None] > self._edges).sum(axis=2) + np.arange(len(FEATURES)) * BINS
-        weights = np.repeat([n for _, n in usable], len(FEATURES))
         slots = np.zeros(self.size - 1, dtype=np.int64)
-        np.add.at(slots, bins.ravel(), weights)
+        np.add.at(slots, bins.ravel(), np.repeat(weights, len(FEATURES)))
         return [*slots.tolist(), strange]
 
     def tables(self, stable: Sequence[int], canary: Sequence[int]) -> list[Table]:
@@ -103,14 +107,16 @@ class VectorBins:
 
 def vector_bins(texts: Mapping[str, int]) -> VectorBins:
     """The reference from a sample: its vectors of the most frequent length."""
-    found = [(vector, n) for text, n in texts.items() if (vector := vector_of(text)) is not None]
     lengths: dict[int, int] = {}
-    for vector, n in found:
-        lengths[len(vector)] = lengths.get(len(vector), 0) + n
+    for text, n in texts.items():
+        length = len(_numbers(text))
+        lengths[length] = lengths.get(length, 0) + n
+    lengths.pop(0, None)
     length = max(lengths, key=lambda each: (lengths[each], -each), default=0)
-    if not length:
+    vectors, weights = vectors_of(texts, length) if length else (np.empty((0, 0)), [])
+    if not weights:
         return VectorBins((), tuple(cut((), BINS) for _ in FEATURES))
-    vectors = np.array([vector for vector, n in found if len(vector) == length for _ in range(n)])
+    vectors = np.repeat(vectors, weights, axis=0)
     mean = vectors.mean(axis=0)
     columns = features_of(vectors, mean).T.tolist()
     return VectorBins(tuple(mean.tolist()), tuple(cut(column, BINS) for column in columns))
