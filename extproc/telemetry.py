@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 
 from extproc.core.flags import Exposures, Flag
 from extproc.core.kpis import Kpis, Reported, Result, Served, unit_prefixes
+from extproc.core.kpis import Lane as KpiLane
 from extproc.core.outcomes import Assignment, Outcome
-from extproc.core.reconcile import LogCounts
+from extproc.core.reconcile import LogCounts, LogLane
+from extproc.core.windows import Lane as WindowLane
 from extproc.core.windows import Windows, stratum_of
 
 _MAX_SEQS = 4_096
+_MAX_LANES = 20_000
 
 
 @dataclass(slots=True)
@@ -49,6 +52,21 @@ class Steps:
 
 
 @dataclass(slots=True)
+class _Lane:
+    """What the outcomes of one kind have in common: where each part of the telemetry counts them.
+
+    Its key is the outcome without what differs: hash, ending, times, predictions, id. `kept` says whether values that
+    are reported later can be about them.
+    """
+
+    generation: int
+    window: WindowLane | None
+    log: LogLane
+    kept: bool
+    kpi: KpiLane | None
+
+
+@dataclass(slots=True)
 class Telemetry:
     """All counts of one control process."""
 
@@ -57,6 +75,7 @@ class Telemetry:
     log: LogCounts = field(default_factory=LogCounts)
     kpis: Kpis = field(default_factory=Kpis)
     _flags: tuple[Flag, ...] = ()
+    _lanes: dict[tuple[object, ...], _Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Ties the windows to the steps."""
@@ -77,20 +96,45 @@ class Telemetry:
         self.kpis.take_flags(found)
 
     def take(self, outcomes: Iterable[Outcome], now_s: float) -> None:
-        """Counts what became of some requests, at a time that never steps, in seconds."""
-        add, count, remember = self.windows.add, self.log.add, self.kpis.remember
+        """Counts what became of some requests, at a time that never steps, in seconds.
+
+        The path of every entry of the log: what many of them have in common is found once, in their lane.
+        """
+        windows, kpis, lanes = self.windows, self.kpis, self._lanes
+        add, count, remember = windows.add, self.log.add, kpis.remember_in
         for outcome in outcomes:
-            add(outcome)
-            count(outcome)
-            assignment = outcome.assignment
-            if assignment is not None and outcome.request_id and outcome.served:
-                remember(outcome.request_id, self._served(assignment, outcome, now_s), now_s)
+            lane = lanes.get(outcome[0:1] + outcome[2:7] + outcome[13:14])
+            if lane is None or lane.generation != windows.generation:
+                lane = self._new_lane(outcome, now_s)
+            count(lane.log, outcome)
+            if lane.window is not None:
+                add(lane.window, outcome)
+            if lane.kept and outcome.request_id:
+                kpi = lane.kpi if not outcome.aborted else kpis.lane(self._served(outcome, now_s))
+                remember(kpi, outcome.request_id, outcome.hash, now_s, now_s)
+
+    def _new_lane(self, outcome: Outcome, now_s: float) -> _Lane:
+        window = self.windows.lane(outcome)
+        kept = outcome.assignment is not None and bool(outcome.served)
+        lane = _Lane(
+            generation=self.windows.generation,
+            window=window,
+            log=self.log.lane(outcome),
+            kept=kept,
+            kpi=self.kpis.lane(self._served(outcome._replace(aborted=False), now_s)) if kept else None,
+        )
+        if window is None or not window.unknown:
+            if len(self._lanes) >= _MAX_LANES:
+                self._lanes.clear()
+            self._lanes[outcome[0:1] + outcome[2:7] + outcome[13:14]] = lane
+        return lane
 
     def report(self, reported: Reported, now_s: float) -> Result:
         """A value that somebody reports about a request or a unit, at the same clock as `take`."""
         return self.kpis.report(reported, now_s)
 
-    def _served(self, assignment: Assignment, outcome: Outcome, now_s: float) -> Served:
+    def _served(self, outcome: Outcome, now_s: float) -> Served:
+        assignment = outcome.assignment or Assignment("", "", "", "", "", "")
         step = self.steps.of(assignment.flag, assignment.version)
         return Served(
             flag=assignment.flag,

@@ -10,13 +10,14 @@ half: whoever expects that many needs more BYTES. Units whose hashes are equal a
 1.2 pairs among 100,000, 116 among 1,000,000 (units ** 2 / 2 ** 33), which no filter behind the hash can tell apart.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp
 
 BYTES = 1 << 20
 BITS = BYTES * 8
 MARKS = 4
 """Bits set for one unit. With four, 100,000 units lose less to the filter than to equal hashes; more cost only time."""
+LATELY = 8_192
 
 _MASK = BITS - 1
 _WORD = (1 << 64) - 1
@@ -26,9 +27,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(slots=True)
 class Firsts:
-    """Remembers units. Takes 1 MiB from the first one on."""
+    """Remembers units. Takes 1 MiB from the first one on, and up to 1 MiB for those seen lately, which answer faster."""
 
     _bits: bytearray | None = None
+    _lately: set[int] = field(default_factory=set)
 
     def first(self, unit_hash: int) -> bool:
         """Marks the unit with this hash, 0 .. 2**32 - 1; whether it was new."""

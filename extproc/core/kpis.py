@@ -89,6 +89,13 @@ class Served(NamedTuple):
     time_s: float
 
 
+class Lane(NamedTuple):
+    """What many requests have in common: the upper bits of what is kept for them; `split` is 0 if not by unit."""
+
+    group: int
+    split: int
+
+
 class Key(NamedTuple):
     """What is summed separately.
 
@@ -257,33 +264,48 @@ class Kpis:
         self._prefixes = {flag: dict(splits) for flag, splits in prefixes.items()}
         self._names = {flag: names for flag, names in self._names.items() if flag in self._prefixes}
 
-    def remember(self, request_id: str, served: Served, now_s: float) -> bool:
-        """Keeps who was served, and joins what was reported before. False for an id that is known, or no room."""
-        if not 0 <= now_s - self._advanced_s < 1:
-            self.advance(now_s)
-        place = _place(request_id)
-        if place in self._served:
-            return False
-        flag, stratum, step, arm, cohort, unit_hash, eligible, time_s = served
-        group = (flag, stratum, step, arm, eligible and arm == cohort)
+    def lane(self, served: Served) -> Lane | None:
+        """Where requests are kept that differ from this one in nothing but hash and time; None without room."""
+        flag, stratum, step, arm, cohort, _, eligible, _ = served
+        group = _Group(flag, stratum, step, arm, eligible and arm == cohort)
         number = self._numbers.get(group)
         if number is None:
-            number = self._new_group(_Group(*group))
+            number = self._new_group(group)
         if number is None:
+            return None
+        return Lane(number << 32, self._split(flag, stratum) << 32 if eligible else 0)
+
+    def remember(self, request_id: str, served: Served, now_s: float) -> bool:
+        """Keeps who was served, and joins what was reported before. False for an id that is known, or no room."""
+        lane = self.lane(served)
+        time_s = served.time_s if 0 < served.time_s < now_s else now_s
+        return self.remember_in(lane, request_id, served.hash, time_s, now_s)
+
+    def remember_in(
+        self, lane: Lane | None, request_id: str, unit_hash: int | None, time_s: float, now_s: float
+    ) -> bool:
+        """The same for a lane that is known: the path of every entry of the access log."""
+        if not 0 <= now_s - self._advanced_s < 1:
+            self.advance(now_s)
+        served, order = self._served, self._order
+        place = _place(request_id)
+        if place in served:
+            return False
+        if lane is None:
             self.counts.unkept += 1
             return False
-        packed = number << 32 | int(time_s if 0 < time_s < now_s else max(0.0, now_s))
-        unit = 0 if unit_hash is None or not eligible else self._split(flag, stratum) << 32 | unit_hash
-        self._served[place] = packed
-        self._order.append(place)
-        self._order.append(unit)
+        packed = lane.group | int(max(0, time_s))
+        unit = lane.split | unit_hash if lane.split and unit_hash is not None else 0
+        served[place] = packed
+        order.append(place)
+        order.append(unit)
         self.counts.remembered += 1
         if unit:
             self._units[unit] = packed
         if self._early:
             self._join_early(place, packed)
             self._join_early(unit, packed)
-        if len(self._served) > self.capacity:
+        if len(served) > self.capacity:
             self._forget_first()
             self.counts.pushed_out += 1
         return True

@@ -19,7 +19,6 @@ from extproc.core.outcomes import Outcome
 ALERT_SHARE = 0.001
 """Share of the requests from which a difference is an alert, if it is ALERT_LEAST at least."""
 ALERT_LEAST = 10
-_MAX_KINDS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,35 +58,35 @@ class _Kind(NamedTuple):
 
 
 @dataclass(slots=True)
+class LogLane:
+    """Entries of one kind, those of before the cut and those of after it."""
+
+    kind: _Kind
+    until: _Entries = field(default_factory=_Entries)
+    after: _Entries = field(default_factory=_Entries)
+
+
+@dataclass(slots=True)
 class LogCounts:
     """Running counts of the log, which can be read as of an instant: what ended after it is kept apart."""
 
     _cut_s: float = inf
-    _until: dict[_Kind, _Entries] = field(default_factory=dict)
-    _after: dict[_Kind, _Entries] = field(default_factory=dict)
-    _kinds: dict[object, _Kind] = field(default_factory=dict)
+    _lanes: dict[_Kind, LogLane] = field(default_factory=dict)
 
-    def add(self, outcome: Outcome) -> None:
-        """Counts one entry of the log."""
-        key = (outcome.assignment, outcome.model, outcome.arm, outcome.served, outcome.inference)
-        kind = self._kinds.get(key) or self._new_kind(key, outcome)
-        counts = self._until if outcome.ended_s <= self._cut_s else self._after
-        entries = counts.get(kind)
-        if entries is None:
-            entries = counts[kind] = _Entries()
+    def lane(self, outcome: Outcome) -> LogLane:
+        """Where entries are counted that differ from this one in nothing but id, status, times and attempts."""
+        flag = None if outcome.assignment is None else outcome.assignment.flag
+        kind = _Kind(flag, outcome.model, bool(outcome.served), outcome.inference, outcome.mismatched)
+        return self._lanes.get(kind) or self._lanes.setdefault(kind, LogLane(kind))
+
+    def add(self, lane: LogLane, outcome: Outcome) -> None:
+        """Counts one entry of the log in its lane."""
+        entries = lane.until if outcome.ended_s <= self._cut_s else lane.after
         entries.n += 1
         if outcome.upstream_ms is None:
             entries.unanswered += 1
         if outcome.attempts > 1:
             entries.retries += outcome.attempts - 1
-
-    def _new_kind(self, key: object, outcome: Outcome) -> _Kind:
-        if len(self._kinds) >= _MAX_KINDS:  # many versions came and went; what they are is found again
-            self._kinds.clear()
-        flag = None if outcome.assignment is None else outcome.assignment.flag
-        kind = _Kind(flag, outcome.model, bool(outcome.served), outcome.inference, outcome.mismatched)
-        self._kinds[key] = kind
-        return kind
 
     def cut(self, now_s: float) -> None:
         """Begins to keep apart what ends after this instant, on Envoy's clock."""
@@ -96,12 +95,12 @@ class LogCounts:
 
     def join(self) -> None:
         """Ends it: everything counts again."""
-        for kind, entries in self._after.items():
-            until = self._until.setdefault(kind, _Entries())
-            until.n += entries.n
-            until.unanswered += entries.unanswered
-            until.retries += entries.retries
-        self._after = {}
+        for lane in self._lanes.values():
+            until, after = lane.until, lane.after
+            until.n += after.n
+            until.unanswered += after.unanswered
+            until.retries += after.retries
+            lane.after = _Entries()
         self._cut_s = inf
 
     def logged(self) -> Logged:
@@ -112,7 +111,8 @@ class LogCounts:
             part = parts.setdefault(name, {})
             part[of] = part.get(of, 0) + n
 
-        for kind, entries in self._until.items():
+        for kind, lane in self._lanes.items():
+            entries = lane.until
             if kind.served:
                 count("served", kind.model, entries.n)
                 count("answered", kind.model, entries.n - entries.unanswered)

@@ -66,7 +66,7 @@ class Tally:
     `bad` is errors or fell back, each request once. `units` are units whose first outcome of the step is in here, and
     `bad_units` those for whom it was bad. `aborted` requests, given up by the client, are in none of the others.
     `served` are requests that were served by the arm they were assigned to, the only ones with a duration in here;
-    `refused` are durations that are no time.
+    a duration that is none is under REFUSED.
     """
 
     requests: int = 0
@@ -79,7 +79,6 @@ class Tally:
     units: int = 0
     bad_units: int = 0
     served: int = 0
-    refused: int = 0
     latency: dict[int, int] = field(default_factory=dict)
     upstream: dict[int, int] = field(default_factory=dict)
 
@@ -113,7 +112,7 @@ class Tally:
 
 
 _WHOLE = (
-    "requests", "bad", "fell_back", "failed_open", "mismatched", "aborted", "units", "bad_units", "served", "refused",
+    "requests", "bad", "fell_back", "failed_open", "mismatched", "aborted", "units", "bad_units", "served",
 )  # fmt: skip
 _KEYED = ("errors", "latency", "upstream")
 
@@ -169,7 +168,7 @@ class Group:
 
 
 @dataclass(slots=True)
-class _Lane:
+class Lane:
     """All outcomes of one kind, and what they have in common, found once. `now` is counted into the windows later."""
 
     shown: Window
@@ -181,6 +180,7 @@ class _Lane:
     failed_open: bool
     measured: bool
     labels: dict[str, int]
+    unknown: bool = False
     now: Tally = field(default_factory=Tally)
     votes: dict[str, int] = field(default_factory=dict)
 
@@ -199,20 +199,47 @@ class Windows:
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
     dropped: dict[str, int] = field(default_factory=dict)
     seconds: int = 0
+    generation: int = 0
     _labels: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
-    _lanes: dict[object, _Lane] = field(default_factory=dict)
+    _lanes: dict[object, Lane] = field(default_factory=dict)
+    _strays: list[Lane] = field(default_factory=list)
 
-    def add(self, outcome: Outcome) -> None:
-        """Counts one outcome of an inference route; others are none of a cohort's business and are passed over.
+    def lane(self, outcome: Outcome) -> Lane | None:
+        """Where outcomes are counted that differ from this one only in how they ended; None for no inference route.
+
+        It is good until `generation` changes. That of an unknown version is good once: the version may become known.
+        """
+        if not outcome.inference:
+            return None
+        assignment = outcome.assignment
+        key = (assignment, outcome.model, outcome.arm, outcome.served, outcome.failed_open, outcome.model_version)
+        return self._lanes.get(key) or self._new_lane(key, outcome)
+
+    def add(self, lane: Lane, outcome: Outcome) -> None:
+        """Counts one outcome in its lane.
 
         The path of every entry of the log, so it does once what two views need: `settle` adds it to both.
         """
-        (assignment, unit_hash, model, arm, served, inference, failed_open, status, _attempts, deadline, aborted,
-         upstream_ms, total_ms, model_version, predictions, count, _id, _ended_s) = outcome  # fmt: skip
-        if not inference:
-            return
-        key = (assignment, model, arm, served, failed_open, model_version)
-        lane = self._lanes.get(key) or self._new_lane(key, outcome)
+        (
+            _,
+            unit_hash,
+            _,
+            _,
+            _,
+            _,
+            _,
+            status,
+            _,
+            deadline,
+            aborted,
+            upstream_ms,
+            total_ms,
+            _,
+            predictions,
+            count,
+            _,
+            _,
+        ) = outcome
         tally = lane.now
         if aborted:
             tally.aborted += 1
@@ -226,7 +253,14 @@ class Windows:
         if bad:
             tally.bad += 1
         if lane.measured:
-            _measure(tally, total_ms, upstream_ms)
+            tally.served += 1
+            latency = tally.latency
+            place = bin_of(total_ms)
+            latency[place] = latency.get(place, 0) + 1
+            if upstream_ms is not None:
+                upstream = tally.upstream
+                place = bin_of(upstream_ms)
+                upstream[place] = upstream.get(place, 0) + 1
             if predictions:
                 item = predictions if count == 1 else vote(predictions, count, unit_hash or 0)
                 if item is not None:
@@ -239,7 +273,8 @@ class Windows:
 
     def settle(self) -> None:
         """Brings everything that was added into the windows: before anybody reads them."""
-        for lane in self._lanes.values():
+        strays, self._strays = self._strays, []
+        for lane in (*self._lanes.values(), *strays):
             tally = lane.now
             if not tally.requests and not tally.aborted:
                 continue
@@ -252,7 +287,7 @@ class Windows:
                 lane.cell.now.merge(tally)
             self._settle_votes(lane)
 
-    def _settle_votes(self, lane: _Lane) -> None:
+    def _settle_votes(self, lane: Lane) -> None:
         votes, lane.votes = lane.votes, {}
         labels = lane.labels
         for item, n in votes.items():
@@ -287,7 +322,7 @@ class Windows:
                 found[*key, *name] = n
         return found
 
-    def _new_lane(self, key: tuple[object, ...], outcome: Outcome) -> _Lane:
+    def _new_lane(self, key: tuple[object, ...], outcome: Outcome) -> Lane:
         if len(self._lanes) >= _MAX_LANES:
             self._forget_lanes()
         assignment = outcome.assignment
@@ -295,7 +330,7 @@ class Windows:
         cell_key = self._cell_key(outcome)
         group = self._group(cell_key) if cell_key is not None else None
         measured = bool(outcome.served) and (assignment is None or outcome.served == cohort)
-        lane = _Lane(
+        lane = Lane(
             shown=self._series(flag, cohort, outcome.model_version),
             cell=self._cell(cell_key) if cell_key is not None else None,
             group=group,
@@ -305,18 +340,26 @@ class Windows:
             failed_open=outcome.failed_open,
             measured=measured and not outcome.mismatched,
             labels=self._labels_of(flag, cohort),
+            unknown=cell_key is None and self._may_judge(outcome),
         )
-        self._lanes[key] = lane
+        if lane.unknown:
+            self._strays.append(lane)
+        else:
+            self._lanes[key] = lane
         return lane
+
+    def _may_judge(self, outcome: Outcome) -> bool:
+        return outcome._replace(aborted=False).eligible
 
     def _forget_lanes(self) -> None:
         """Nothing is lost: a lane only remembers where its series are."""
         self.settle()
         self._lanes.clear()
+        self.generation += 1
 
     def _cell_key(self, outcome: Outcome) -> CellKey | None:
         assignment = outcome.assignment
-        if assignment is None or not outcome._replace(aborted=False).eligible:
+        if assignment is None or not self._may_judge(outcome):
             return None
         step = self.step_of(assignment.flag, assignment.version)
         if step is None:
@@ -366,17 +409,3 @@ class Windows:
 def stratum_of(assignment: Assignment) -> str:
     """The stratum: "" for a flag's own percentage, the rule's name for a rule with one."""
     return assignment.rule if assignment.reason == "RULE_SPLIT" else ""
-
-
-def _measure(tally: Tally, total_ms: float, upstream_ms: float | None) -> None:
-    """Durations: they count only for the arm that served as it was told to."""
-    tally.served += 1
-    latency = tally.latency
-    place = bin_of(total_ms)
-    if place < 0:
-        tally.refused += 1
-    else:
-        latency[place] = latency.get(place, 0) + 1
-    if upstream_ms is not None and (place := bin_of(upstream_ms)) >= 0:
-        upstream = tally.upstream
-        upstream[place] = upstream.get(place, 0) + 1
