@@ -163,6 +163,7 @@ def test_closing_waits_for_what_is_queued_and_no_longer_than_it_was_told(nowhere
     client.close(0.1)
     assert client.sent.lost == 1
     assert f"1 outcomes were not delivered to {nowhere}" in caplog.text
+    until(lambda: "perch-outcomes" not in {each.name for each in threading.enumerate()}, "the end of the threads")
 
 
 class Hostile:
