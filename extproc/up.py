@@ -184,7 +184,13 @@ def _model_servers(running: Running, model: Model, arm: str, env: object) -> Ite
         name = f"{model.name}-{arm}-{i}"
         yield Process(
             name=name,
-            argv=(sys.executable, "-m", "model_servers", str(folder), *_server_options(model, arm, path)),
+            argv=(
+                sys.executable,
+                "-m",
+                "model_servers",
+                str(folder),
+                *_server_options(running.settings, model, arm, path),
+            ),
             env=env,  # type: ignore[arg-type]
             log_path=running.logs / f"{name}.log",
             ready=lambda path=path, warm=model.warm: _answers(path, warm),  # type: ignore[misc]
@@ -192,8 +198,9 @@ def _model_servers(running: Running, model: Model, arm: str, env: object) -> Ite
         )
 
 
-def _server_options(model: Model, arm: str, path: Path) -> tuple[str, ...]:
-    return ("--name", model.name, "--arm", arm, "--listen", f"unix:{path}")
+def _server_options(settings: Settings, model: Model, arm: str, path: Path) -> tuple[str, ...]:
+    statsd = ("--statsd", settings.statsd, "--statsd-tags", settings.statsd_tags) if settings.statsd else ()
+    return ("--name", model.name, "--arm", arm, "--listen", f"unix:{path}", *statsd)
 
 
 async def _listens(*sockets: Path) -> bool:
