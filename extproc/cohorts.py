@@ -5,12 +5,13 @@ from typing import Any
 
 from extproc.core.drift import Drift, drift_of
 from extproc.core.latency import LatencyHistogram
+from extproc.core.numberbins import NumberBins
 from extproc.core.outcomes import Arm
 from extproc.core.windows import RECENT_S, Tally, Windows
 from extproc.telemetry import Telemetry
 
 SHARES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
-TOP = 5
+TOP = 20
 
 
 def cohorts_of(telemetry: Telemetry, flag: str) -> dict[str, Any]:
@@ -45,7 +46,6 @@ def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
     for window in series:
         total.merge(window.total())
         minute.merge(window.last_minute())
-    labels = windows.labels(flag, arm)
     return {
         "requests": total.requests,
         "errors": sum(total.errors.values()),
@@ -54,7 +54,7 @@ def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
         "mismatched": total.mismatched,
         "aborted": total.aborted,
         **percentiles(total),
-        "predictions": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:20]),
+        "predictions": _predictions(windows, flag, arm),
         "model_versions": _versions(windows, flag, arm),
         "last_minute": {
             "requests_per_s": round(minute.requests / min(RECENT_S, max(1, windows.seconds)), 3),
@@ -62,6 +62,15 @@ def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
             **percentiles(minute),
         },
     }
+
+
+def _predictions(windows: Windows, flag: str, arm: Arm) -> dict[str, int]:
+    """What the arm predicted most: labels as they came, or ranges where they are numbers."""
+    key = windows.newest(flag)
+    if key is not None and isinstance(windows.groups[key].predictions.reference, NumberBins):
+        return dict(windows.groups[key].predictions.top(arm, TOP))
+    labels = windows.labels(flag, arm)
+    return dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP])
 
 
 def percentiles(tally: Tally) -> dict[str, float | None]:

@@ -123,7 +123,8 @@ class Control:
             write=lambda exposures: write_exposures(paths.exposure, exposures),
             tell=self.tell,
         )
-        self.telemetry = Telemetry(Steps(lambda version: kept_exposures(paths, version)))
+        kinds = {model.name: model.predictions for model in self.models}
+        self.telemetry = Telemetry(Steps(lambda version: kept_exposures(paths, version)), kinds)
         self.telemetry.take_exposures(self.controller.exposures)
         self.access_log = AccessLogService(self.take_outcomes, time.monotonic)
         self.reconciler = Reconciler(

@@ -12,11 +12,12 @@ import yaml
 from extproc.address import Address, AddressError, TcpAddress, UnixAddress, parse_address
 
 ARMS = ("stable", "canary")
-_KEYS = ("prefix", *ARMS, "warm", "deadline_s", "min_healthy", "artifacts")
+_KEYS = ("prefix", *ARMS, "warm", "deadline_s", "min_healthy", "predictions", "artifacts")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@/-]*")
 _DEADLINE_MAX_S = 3600.0
 _MIN_HEALTHY_MAX = 1000
+PREDICTIONS = ("auto", "labels", "numbers", "vector")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Model:
     `prefix` starts and ends with `/`. `stable` and `canary` are addresses as written (relative `unix:` paths are
     servers that perch starts). `warm` is the health check's path. `deadline_s` is the whole answer's deadline in
     seconds, `min_healthy` the number of ready canary servers the warm gate asks for. `artifacts` maps an arm to the
-    folder its servers load, absolute.
+    folder its servers load, absolute. `predictions` says what the model's predictions are: one of PREDICTIONS.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Model:
     deadline_s: float = 15.0
     min_healthy: int = 1
     artifacts: Mapping[str, Path] | None = None
+    predictions: str = "auto"
 
 
 class ModelsFileError(Exception):
@@ -155,11 +157,20 @@ class _ModelReader:
         deadline_s = self._number("deadline_s", 15.0, 0.001, _DEADLINE_MAX_S)
         min_healthy = self._number("min_healthy", 1, 1, _MIN_HEALTHY_MAX)
         self._check_min_healthy(int(min_healthy), canary)
+        predictions = self._predictions()
         artifacts = self._artifacts()
         if len(self.report.problems) > before:
             return None
         return Model(
-            self.name, prefix, tuple(stable), tuple(canary), warm, float(deadline_s), int(min_healthy), artifacts
+            name=self.name,
+            prefix=prefix,
+            stable=tuple(stable),
+            canary=tuple(canary),
+            warm=warm,
+            deadline_s=float(deadline_s),
+            min_healthy=int(min_healthy),
+            artifacts=artifacts,
+            predictions=predictions,
         )
 
     def _add(self, key: str, what: str, node: yaml.Node | None = None) -> None:
@@ -267,6 +278,15 @@ class _ModelReader:
         may_grow = any(isinstance(address, TcpAddress) and address.is_name for address in canary.values())
         if canary and not may_grow and min_healthy > len(canary):
             self._add("min_healthy", f"{min_healthy} servers can never be ready, canary lists {len(canary)}")
+
+    def _predictions(self) -> str:
+        """What kind of predictions the model makes."""
+        if "predictions" not in self.fields:
+            return "auto"
+        text = self._text(self.fields["predictions"][1], "predictions")
+        if text is not None and text not in PREDICTIONS:
+            self._add("predictions", f"{text!r} is none of {', '.join(PREDICTIONS)}")
+        return text or "auto"
 
     def _artifacts(self) -> dict[str, Path] | None:
         if "artifacts" not in self.fields:

@@ -17,8 +17,9 @@ from extproc.cohorts import kpi_means, newest_drift, percentiles
 from extproc.core.drift import Drift
 from extproc.core.latency import bin_of, edge_of, value_of
 from extproc.core.outcomes import Arm
+from extproc.core.predictions import OTHER
 from extproc.core.reconcile import Difference
-from extproc.core.windows import OTHER, SeriesKey, Tally, Window
+from extproc.core.windows import SeriesKey, Tally, Window
 from extproc.metricnames import BY_NAME, Kind, Metric
 from extproc.metrics import Metrics
 from extproc.telemetry import Telemetry

@@ -11,6 +11,7 @@ from extproc.core.flags import Exposures, Flag
 from extproc.core.kpis import Kpis, Reported, Result, Served, unit_prefixes
 from extproc.core.kpis import Lane as KpiLane
 from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.predictions import Kind
 from extproc.core.reconcile import LogCounts, LogLane
 from extproc.core.windows import Lane as WindowLane
 from extproc.core.windows import Windows, stratum_of
@@ -68,9 +69,10 @@ class _Lane:
 
 @dataclass(slots=True)
 class Telemetry:
-    """All counts of one control process."""
+    """All counts of one control process. `kinds` maps a model to what its predictions are."""
 
     steps: Steps
+    kinds: Mapping[str, str] = field(default_factory=dict)
     windows: Windows = field(init=False)
     log: LogCounts = field(default_factory=LogCounts)
     kpis: Kpis = field(default_factory=Kpis)
@@ -79,12 +81,15 @@ class Telemetry:
 
     def __post_init__(self) -> None:
         """Ties the windows to the steps."""
-        self.windows = Windows(self.steps.of)
+        self.windows = Windows(self.steps.of, self._kind_of)
 
     def take_flags(self, flags: Iterable[Flag], exposures: Exposures) -> None:
         """The flags that are served now: what values may be reported about."""
         self._flags = tuple(flags)
         self.take_exposures(exposures)
+
+    def _kind_of(self, flag: str) -> str:
+        return self.kinds.get(self.model_of().get(flag, ""), Kind.AUTO)
 
     def take_exposures(self, exposures: Exposures) -> None:
         """What the controller decided: the steps, and the salts that units are hashed with."""

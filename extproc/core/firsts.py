@@ -27,7 +27,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(slots=True)
 class Firsts:
-    """Remembers units. Takes 1 MiB from the first one on, and up to 1 MiB for those seen lately, which answer faster."""
+    """Remembers units. Takes 1 MiB from the first one on, and up to 1 MiB more for a fast answer about the latest."""
 
     _bits: bytearray | None = None
     _lately: set[int] = field(default_factory=set)

@@ -80,7 +80,8 @@ def vote_of(kind: str) -> Callable[[str, int | None, int], str | None]:
 
 
 @lru_cache(4096)
-def _decoded(item: str) -> str:
+def decoded(item: str) -> str:
+    """The label that a percent-encoded item stands for; bytes that are no UTF-8 are replaced."""
     return unquote(item, errors="replace")
 
 
@@ -192,7 +193,7 @@ class PredictionComparison:
         if self._edges is not None:
             self._slots[arm][slot_of(self._edges, item)] += n
         else:
-            self._count(arm, _decoded(item) if "%" in item else item, n)
+            self._count(arm, decoded(item) if "%" in item else item, n)
 
     def _count(self, arm: str, text: str, n: int) -> None:
         if self._edges is not None:

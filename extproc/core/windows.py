@@ -17,19 +17,16 @@ from typing import Any, NamedTuple
 from extproc.core.firsts import Firsts
 from extproc.core.latency import bin_of
 from extproc.core.outcomes import Assignment, Outcome
-from extproc.core.predictions import PredictionComparison, vote
+from extproc.core.predictions import MAX_LABEL, MAX_LABELS, OTHER, Kind, PredictionComparison, decoded, vote_of
 
 RECENT_S = 60
 """Seconds that "the last minute" has."""
 MAX_GROUPS = 2_048
 MAX_CELLS = 2 * MAX_GROUPS
 MAX_SERIES = 2_000
-MAX_LABELS = 1_000
-"""Different predictions told apart in one cohort of a flag."""
 MAX_VERSIONS = 16
-"""Model versions told apart in one cohort of a flag; a server that makes up more gets `other`."""
+"""Model versions told apart in one cohort of a flag; a server that makes up more gets `(other)`."""
 _MAX_LANES = 20_000
-OTHER = "other"
 NONE = "none"
 """Cohort and flag of a request that perch said nothing about."""
 
@@ -180,6 +177,7 @@ class Lane:
     failed_open: bool
     measured: bool
     labels: dict[str, int]
+    vote: Callable[[str, int | None, int], str | None]
     unknown: bool = False
     now: Tally = field(default_factory=Tally)
     votes: dict[str, int] = field(default_factory=dict)
@@ -193,7 +191,7 @@ class Windows:
     """
 
     step_of: Callable[[str, str], int | None]
-    kind_of: Callable[[str], str] = lambda _flag: "auto"
+    kind_of: Callable[[str], str] = lambda _flag: Kind.AUTO
     shown: dict[SeriesKey, Window] = field(default_factory=dict)
     cells: OrderedDict[CellKey, Window] = field(default_factory=OrderedDict)
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
@@ -262,7 +260,8 @@ class Windows:
                 place = bin_of(upstream_ms)
                 upstream[place] = upstream.get(place, 0) + 1
             if predictions:
-                item = predictions if count == 1 else vote(predictions, count, unit_hash or 0)
+                alone = count == 1 and "," not in predictions
+                item = predictions if alone else lane.vote(predictions, count, unit_hash or 0)
                 if item is not None:
                     lane.votes[item] = lane.votes.get(item, 0) + 1
         group = lane.group
@@ -291,11 +290,11 @@ class Windows:
         votes, lane.votes = lane.votes, {}
         labels = lane.labels
         for item, n in votes.items():
-            known = item if item in labels or len(labels) < MAX_LABELS else OTHER
+            label = decoded(item)[:MAX_LABEL]
+            known = label if label in labels or len(labels) < MAX_LABELS else OTHER
             labels[known] = labels.get(known, 0) + n
             if lane.group is not None:
-                for _ in range(n):
-                    lane.group.predictions.add(lane.arm, item)
+                lane.group.predictions.add(lane.arm, item, n)
 
     def roll(self, second: int) -> tuple[dict[SeriesKey, Tally], dict[CellKey, Tally]]:
         """Ends a second: what it brought to each series that is shown, and to each cell that is judged."""
@@ -306,7 +305,7 @@ class Windows:
         return shown, judged
 
     def labels(self, flag: str, arm: str) -> Mapping[str, int]:
-        """Predictions of an arm of a flag as they came, with their number; beyond MAX_LABELS different ones `other`."""
+        """What an arm of a flag predicted, with its number; beyond MAX_LABELS different predictions `(other)`."""
         return self._labels.get((flag, arm), {})
 
     def newest(self, flag: str, stratum: str = "") -> GroupKey | None:
@@ -340,6 +339,7 @@ class Windows:
             failed_open=outcome.failed_open,
             measured=measured and not outcome.mismatched,
             labels=self._labels_of(flag, cohort),
+            vote=vote_of(self.kind_of(flag)),
             unknown=cell_key is None and self._may_judge(outcome),
         )
         if lane.unknown:

@@ -99,6 +99,7 @@ def test_two_encodings_of_a_label_are_one_label():
         ([str(i) for i in range(1000)], Kind.NUMBERS),
         (["1e-05", "2e+06", "-0.5"], Kind.NUMBERS),
         (["0.5"] * 90 + ["refused"] * 10, Kind.LABELS),
+        (["3", "4"] * 200 + ["0.5"] * 2, Kind.LABELS),
         (["0.5"] * 96 + ["error"] * 4, Kind.NUMBERS),
     ],
 )
@@ -348,6 +349,27 @@ def test_settled_counts_only_grow(kind):
                 assert all(now.get(key, 0) >= n for key, n in before.items())
                 before = now
     assert before
+
+
+def test_declared_labels_only_grow_however_many_there_are():
+    comparison, before = PredictionComparison("labels"), {}
+    for i in range(4 * MAX_LABELS):
+        comparison.add("canary", f"made up {i}")
+        comparison.add("stable", f"class {i % (MAX_LABELS // 2)}")
+        comparison.add("canary", f"class {i % (MAX_LABELS // 2)}")
+        if i % 400 == 0:
+            now = comparison.export()
+            assert all(now.get(key, 0) >= n for key, n in before.items())
+            before = now
+
+
+def test_vectors_that_nobody_reads_are_not_kept():
+    comparison = compared("vector", vectors(REFERENCE_VOTES, 1, size=2), [])
+    comparison.counts()
+    for item in vectors(1000, 2, size=2):
+        comparison.add("canary", item)
+        assert sum(map(len, comparison._pending.values())) < 300
+    assert sum(comparison.tables()[0].canary) == 1000
 
 
 @pytest.mark.parametrize(
