@@ -356,7 +356,8 @@ def test_declared_labels_only_grow_however_many_there_are():
     for i in range(4 * MAX_LABELS):
         comparison.add("canary", f"made up {i}")
         comparison.add("stable", f"class {i % (MAX_LABELS // 2)}")
-        comparison.add("canary", f"class {i % (MAX_LABELS // 2)}")
+        if i > MAX_LABELS:  # by then it has made up as many as are kept
+            comparison.add("canary", f"class {i % (MAX_LABELS // 2)}")
         if i % 400 == 0:
             now = comparison.export()
             assert all(now.get(key, 0) >= n for key, n in before.items())
