@@ -33,42 +33,42 @@ class Node(_message.Message):
     def __init__(self, id: _Optional[bytes] = ...) -> None: ...
 
 class HTTPAccessLogEntry(_message.Message):
-    __slots__ = ("common_properties", "request", "response")
+    __slots__ = ("common_properties", "response")
     COMMON_PROPERTIES_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     common_properties: AccessLogCommon
-    request: HTTPRequestProperties
     response: HTTPResponseProperties
-    def __init__(self, common_properties: _Optional[_Union[AccessLogCommon, _Mapping]] = ..., request: _Optional[_Union[HTTPRequestProperties, _Mapping]] = ..., response: _Optional[_Union[HTTPResponseProperties, _Mapping]] = ...) -> None: ...
+    def __init__(self, common_properties: _Optional[_Union[AccessLogCommon, _Mapping]] = ..., response: _Optional[_Union[HTTPResponseProperties, _Mapping]] = ...) -> None: ...
 
 class AccessLogCommon(_message.Message):
-    __slots__ = ("start_time", "time_to_last_upstream_tx_byte", "time_to_first_upstream_rx_byte", "time_to_last_upstream_rx_byte", "response_flags", "metadata", "route_name", "filter_state_objects", "custom_tags", "duration", "upstream_request_attempt_count", "access_log_type")
+    __slots__ = ("start_time", "time_to_first_upstream_tx_byte", "time_to_last_upstream_tx_byte", "time_to_first_upstream_rx_byte", "time_to_last_upstream_rx_byte", "response_flags", "metadata", "route_name", "custom_tags", "duration", "upstream_request_attempt_count", "stream_id", "access_log_type")
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_UPSTREAM_TX_BYTE_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_LAST_UPSTREAM_TX_BYTE_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_UPSTREAM_RX_BYTE_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_LAST_UPSTREAM_RX_BYTE_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FLAGS_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     ROUTE_NAME_FIELD_NUMBER: _ClassVar[int]
-    FILTER_STATE_OBJECTS_FIELD_NUMBER: _ClassVar[int]
     CUSTOM_TAGS_FIELD_NUMBER: _ClassVar[int]
     DURATION_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_REQUEST_ATTEMPT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ID_FIELD_NUMBER: _ClassVar[int]
     ACCESS_LOG_TYPE_FIELD_NUMBER: _ClassVar[int]
     start_time: Interval
+    time_to_first_upstream_tx_byte: Interval
     time_to_last_upstream_tx_byte: Interval
     time_to_first_upstream_rx_byte: bytes
     time_to_last_upstream_rx_byte: Interval
     response_flags: bytes
     metadata: bytes
     route_name: bytes
-    filter_state_objects: _containers.RepeatedScalarFieldContainer[bytes]
     custom_tags: _containers.RepeatedScalarFieldContainer[bytes]
     duration: Interval
     upstream_request_attempt_count: int
+    stream_id: bytes
     access_log_type: int
-    def __init__(self, start_time: _Optional[_Union[Interval, _Mapping]] = ..., time_to_last_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_rx_byte: _Optional[bytes] = ..., time_to_last_upstream_rx_byte: _Optional[_Union[Interval, _Mapping]] = ..., response_flags: _Optional[bytes] = ..., metadata: _Optional[bytes] = ..., route_name: _Optional[bytes] = ..., filter_state_objects: _Optional[_Iterable[bytes]] = ..., custom_tags: _Optional[_Iterable[bytes]] = ..., duration: _Optional[_Union[Interval, _Mapping]] = ..., upstream_request_attempt_count: _Optional[int] = ..., access_log_type: _Optional[int] = ...) -> None: ...
+    def __init__(self, start_time: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_last_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_rx_byte: _Optional[bytes] = ..., time_to_last_upstream_rx_byte: _Optional[_Union[Interval, _Mapping]] = ..., response_flags: _Optional[bytes] = ..., metadata: _Optional[bytes] = ..., route_name: _Optional[bytes] = ..., custom_tags: _Optional[_Iterable[bytes]] = ..., duration: _Optional[_Union[Interval, _Mapping]] = ..., upstream_request_attempt_count: _Optional[int] = ..., stream_id: _Optional[bytes] = ..., access_log_type: _Optional[int] = ...) -> None: ...
 
 class Interval(_message.Message):
     __slots__ = ("seconds", "nanos")
@@ -77,12 +77,6 @@ class Interval(_message.Message):
     seconds: int
     nanos: int
     def __init__(self, seconds: _Optional[int] = ..., nanos: _Optional[int] = ...) -> None: ...
-
-class HTTPRequestProperties(_message.Message):
-    __slots__ = ("request_id",)
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
-    request_id: bytes
-    def __init__(self, request_id: _Optional[bytes] = ...) -> None: ...
 
 class HTTPResponseProperties(_message.Message):
     __slots__ = ("response_code", "response_headers")

@@ -1,18 +1,18 @@
 """bytes -> outcomes: one serialized StreamAccessLogsMessage of Envoy in, what became of its requests out.
 
-Little of an entry differs from one request to the next, so most parts are looked up by their bytes and parsed once: the
-lookups are bounded, and what is not found is parsed as the proto says, in whatever order its fields come.
+Little of an entry differs from one request to the next, so most parts are parsed once and then looked up by their
+bytes. The lookups are bounded; what is not found there is parsed as the proto says, in whatever order its fields come.
 """
 
-import functools
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from extproc.core.outcomes import Arm, Assignment, Outcome
 from extproc.wire.accesslog_pb2 import (
+    AccessLogCommon,
     HTTPAccessLogEntry,
     Metadata,
     ResponseFlags,
@@ -22,16 +22,20 @@ from extproc.wire.accesslog_pb2 import (
     Value,
 )
 
-_ENDED = (0, 6)
-"""AccessLogType of an entry written at a request's end: NotSet (older Envoys) and DownstreamEnd."""
+_ENDED = 6
+"""AccessLogType.DownstreamEnd: the entry was written at the request's end."""
 
 _HASH = b"\n\x04hash\x12\t\x11"
-"""In metadata: the key `hash`, its value's 9 bytes, a double. The 8 bytes of the double follow."""
-_BLANK = bytes(8)
-_SOME = struct.pack("<d", 1.0)
+"""In metadata: the key `hash` and the beginning of its value, whose 8 bytes of a double follow."""
+_NO_HASH = 0.5
+"""What stands for any hash: no hash has a fraction."""
+_BLANK = struct.pack("<d", _NO_HASH)
 _unpack_hash = struct.Struct("<d").unpack_from
 
-_FAILED_OPEN = b"failed_open\x12\x02 \x01"
+_new = tuple.__new__  # half the time of calling the class of a named tuple
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class UnreadableLogError(ValueError):
@@ -69,7 +73,7 @@ def read_slices(message: bytes, at_most: int) -> Iterator[Batch]:
     if parsed.HasField("identifier"):
         node, log_name = _str(parsed.identifier.node.id), _str(parsed.identifier.log_name)
     entries = parsed.http_logs.log_entry
-    for start in range(0, max(len(entries), 1), at_most):
+    for start in range(0, len(entries) or 1, at_most):
         outcomes: list[Outcome] = []
         unreadable = 0
         for entry in entries[start : start + at_most]:
@@ -82,131 +86,152 @@ def read_slices(message: bytes, at_most: int) -> Iterator[Batch]:
 
 def _outcome(entry: HTTPAccessLogEntry) -> Outcome:
     """One entry's outcome. Raises DecodeError for broken bytes, ValueError for what cannot be."""
-    common = entry.common_properties
-    response = entry.response
-    if common.access_log_type not in _ENDED:
-        raise ValueError("not the end of a request")
-    start, duration = common.start_time, common.duration
-    total_s = duration.seconds + duration.nanos * 1e-9
-    start_s = start.seconds
-    if start_s <= 0 or total_s < 0:
-        raise ValueError("a time that cannot be")
-    assignment, unit_hash, model_version = _assigned(common.metadata)
-    model, arm, inference = _route(common.route_name)
-    served = ""
-    for one in common.custom_tags:
-        key, value = _text(one)
-        if key == "served":
-            served = value
-        elif key == "model_version":
-            model_version = value
-    failed_open = False
-    for one in common.filter_state_objects:
-        failed_open = failed_open or _FAILED_OPEN in one
-    predictions, count = "", None
-    for one in response.response_headers:
-        key, value = _text(one)
-        if key == "x-model-prediction":
-            predictions = value
-        elif key == "x-model-prediction-count":
-            count = _count(value)
-        elif key == "x-model-version":
-            model_version = value
-    deadline, idle, aborted = _flags(common.response_flags)
-    upstream_ms = None
-    if common.time_to_first_upstream_rx_byte:
-        sent, received = common.time_to_last_upstream_tx_byte, common.time_to_last_upstream_rx_byte
-        upstream_ms = (received.seconds - sent.seconds) * 1e3 + (received.nanos - sent.nanos) * 1e-6
-    else:
-        served = ""
-    return Outcome(
-        assignment, unit_hash, model, arm, served, inference, failed_open, _status(response.response_code),
-        common.upstream_request_attempt_count, deadline or idle, aborted, upstream_ms, total_s * 1e3, model_version,
-        predictions, count, _str(entry.request.request_id), start_s + start.nanos * 1e-9 + total_s,
+    common, response = entry.common_properties, entry.response
+    began, lasted = common.start_time, common.duration
+    began_s = began.seconds
+    total_s = lasted.seconds + lasted.nanos * 1e-9
+    if began_s <= 0 or total_s < 0 or common.access_log_type != _ENDED:
+        raise ValueError("a time that cannot be, or not the end of a request")
+    assignment, unit_hash = _assigned(common.metadata)
+    model, arm, inference = _ROUTES[common.route_name]
+    served, failed_open, tagged_version = _TAGS[tuple(common.custom_tags[:])]
+    predictions, count, model_version = _ANSWERS[tuple(response.response_headers[:])]
+    deadline, stalled, aborted = _FLAGS[common.response_flags]
+    status = _STATUSES[response.response_code]
+    upstream_ms = _upstream_ms(common)
+    if upstream_ms is None:
+        if not common.time_to_first_upstream_rx_byte:
+            served = ""  # the host that was tried last did not answer
+        elif status < 500 and not (deadline or aborted):
+            status = 0  # an answer that broke off is none
+    if stalled and common.HasField("time_to_last_upstream_tx_byte"):
+        deadline = True  # without all of the request the model could not have answered: a stalled upload
+    fields = (
+        assignment, unit_hash, model, arm, served, inference, failed_open, status,
+        common.upstream_request_attempt_count, deadline, aborted, upstream_ms, total_s * 1e3,
+        model_version or tagged_version, predictions, count, common.stream_id.decode(),
+        began_s + began.nanos * 1e-9 + total_s,
     )  # fmt: skip
+    return _new(Outcome, fields)
 
 
-def _assigned(metadata: bytes) -> tuple[Assignment | None, int | None, str]:
-    """What perch said, the unit's hash, and the model version of a hidden header ("" for none).
+def _upstream_ms(common: AccessLogCommon) -> float | None:
+    """From the request's last byte to the answer's last, or from its first where not all of it was sent by then.
 
-    Metadata of the same decision differs in the hash alone, so what is looked up has it blanked out.
+    None where there is no whole answer.
     """
-    at = metadata.find(_HASH) + len(_HASH)
-    end = at + len(_BLANK)
-    if at < len(_HASH) or end > len(metadata):
-        return _parse_known(metadata)
-    assignment, _, model_version = known = _parse_blank(metadata[:at] + _BLANK + metadata[end:])
-    if known[1] is None:
-        return _parse(metadata)
-    return assignment, _whole(_unpack_hash(metadata, at)[0]), model_version
+    received = common.time_to_last_upstream_rx_byte
+    seconds, nanos = received.seconds, received.nanos
+    if not (nanos or seconds):
+        return None
+    sent = common.time_to_last_upstream_tx_byte
+    if not (sent.nanos or sent.seconds):
+        sent = common.time_to_first_upstream_tx_byte
+    took_ms = (seconds - sent.seconds) * 1e3 + (nanos - sent.nanos) * 1e-6
+    return took_ms if took_ms > 0 else 0.0
 
 
-def _parse(metadata: bytes) -> tuple[Assignment | None, int | None, str]:
-    """The same, by the proto."""
-    texts: dict[bytes, str] = {}
-    unit_hash: int | None = None
-    version = ""
-    said = False
-    for entry in Metadata.FromString(metadata).filter_metadata:
-        if entry.key not in (b"perch", b"perch.response"):
-            continue
-        for one in entry.value.fields:
-            field = Value.Entry.FromString(one)
-            if entry.key == b"perch.response":
-                version = _str(field.value.string_value) if field.key == b"model_version" else version
-                continue
-            said = True
-            if field.key == b"hash":
-                unit_hash = _whole(field.value.number_value)
-            else:
-                texts[field.key] = _str(field.value.string_value)
-    if not said:
-        return None, None, version
-    return Assignment(*(texts.get(name.encode(), "") for name in Assignment._fields)), unit_hash, version
+class _Known(dict[_K, _V]):
+    """What `read` made of a key, kept for up to `most` keys; then it begins anew."""
+
+    def __init__(self, read: Callable[[_K], _V], most: int) -> None:
+        self._read = read
+        self._most = most
+
+    def __missing__(self, key: _K) -> _V:
+        value = self._read(key)
+        if len(self) >= self._most:
+            self.clear()
+        self[key] = value
+        return value
 
 
-_parse_known = functools.lru_cache(maxsize=4096)(_parse)
+def _assigned(metadata: bytes) -> tuple[Assignment | None, int | None]:
+    """What perch said, and the unit's hash. Raises DecodeError, ValueError.
 
-
-@functools.lru_cache(maxsize=32768)
-def _parse_blank(blank: bytes) -> tuple[Assignment | None, int | None, str]:
-    """Metadata with a blank where the hash seems to be. Its hash is 0 if it is there, and None if it is not."""
-    at = blank.find(_HASH) + len(_HASH)
-    parsed = _parse(blank)
-    other = _parse(blank[:at] + _SOME + blank[at + len(_BLANK) :])
-    return parsed if (parsed[1], other[1]) == (0, 1) else (None, None, "")
-
-
-def _whole(number: float) -> int:
-    """A hash as the 32 bits that it is. Raises ValueError."""
-    if not 0 <= number <= 0xFFFFFFFF or number != int(number):
+    Metadata of the same decision differs in the 8 bytes of the hash, which are cut out of what is looked up; and in the
+    order of its 5 to 7 fields, which Envoy's maps draw anew for each request.
+    """
+    before, _, after = metadata.partition(_HASH)
+    if len(after) < 8:
+        assignment, number = _WITHOUT_HASH[metadata]
+    else:
+        assignment, number = _WITH_HASH[before, after[8:]]
+        if number == _NO_HASH:
+            (number,) = _unpack_hash(after)
+        else:  # what looked like the hash is something else
+            assignment, number = _parse_metadata(metadata)
+    if number is None:
+        return assignment, None
+    if not 0.0 <= number <= 4294967295.0 or number % 1.0:
         raise ValueError(f"{number} is no hash")
-    return int(number)
+    return assignment, int(number)
 
 
-@functools.lru_cache(maxsize=4096)
-def _route(name: bytes) -> tuple[str, str, bool]:
-    """The model, the arm and whether it is inference, from a route's name."""
+def _parse_around(parts: tuple[bytes, bytes]) -> tuple[Assignment | None, float | None]:
+    """Metadata with _NO_HASH where the hash seems to be: if that is the number found, it is there."""
+    before, after = parts
+    return _parse_metadata(before + _HASH + _BLANK + after)
+
+
+def _parse_metadata(metadata: bytes) -> tuple[Assignment | None, float | None]:
+    """What perch said, and the number in `hash`, if any. Raises DecodeError."""
+    said: dict[str, str] = {}
+    number: float | None = None
+    for entry in Metadata.FromString(metadata).filter_metadata[:]:
+        if entry.key == b"perch":
+            for one in entry.value.fields[:]:
+                name, text, value = _FIELDS[one]
+                if name == "hash":
+                    number = value
+                else:
+                    said[name] = text
+    if not said and number is None:
+        return None, None
+    return _ASSIGNMENTS[tuple(said.get(name, "") for name in Assignment._fields)], number
+
+
+def _parse_field(field: bytes) -> tuple[str, str, float]:
+    """An entry of a Struct: its key, its value as a text, its value as a number."""
+    parsed = Value.Entry.FromString(field)
+    return _str(parsed.key), _str(parsed.value.string_value), parsed.value.number_value
+
+
+def _parse_route(name: bytes) -> tuple[str, str, bool]:
+    """The model, the arm and whether it is inference, from a route's name as envoy/routes.yaml makes it."""
     model, _, kind = _str(name).rpartition(".")
     if kind in (Arm.STABLE, Arm.CANARY):
-        return model, Arm(kind), True
-    return (model, "", False) if kind == "health" and model != "server" else ("", "", False)
+        return model, Arm(kind).value, True
+    return (model if kind == "health" and model != "server" else ""), "", False
 
 
-@functools.lru_cache(maxsize=8192)
-def _text(entry: bytes) -> tuple[str, str]:
-    """An entry of a map of texts."""
+def _parse_tags(entries: tuple[bytes, ...]) -> tuple[str, bool, str]:
+    """The arm of the host, whether ext_proc failed open, and the model version where clients must not see it."""
+    tags = dict(_TEXTS[entry] for entry in entries)
+    return tags.get("served", ""), tags.get("failed_open") == "1", tags.get("model_version", "")
+
+
+def _parse_answer(entries: tuple[bytes, ...]) -> tuple[str, int | None, str]:
+    """Predictions, their count and the model version, from the answer's headers.
+
+    A count is one to nine digits; anything else is as if it were not there.
+    """
+    headers = dict(_TEXTS[entry] for entry in entries)
+    count = headers.get("x-model-prediction-count", "")
+    plain = count.isascii() and count.isdigit() and len(count) < 10
+    return headers.get("x-model-prediction", ""), int(count) if plain else None, headers.get("x-model-version", "")
+
+
+def _parse_text(entry: bytes) -> tuple[str, str]:
     parsed = Text.FromString(entry)
     return _str(parsed.key), _str(parsed.value)
 
 
-@functools.lru_cache(maxsize=1024)
-def _status(code: bytes) -> int:
+def _parse_status(code: bytes) -> int:
     return int(Status.FromString(code).value)
 
 
-@functools.lru_cache(maxsize=1024)
-def _flags(flags: bytes) -> tuple[bool, bool, bool]:
+def _parse_flags(flags: bytes) -> tuple[bool, bool, bool]:
     """Whether a deadline ended it, whether silence did, and whether the client went away."""
     parsed = ResponseFlags.FromString(flags)
     return (
@@ -216,11 +241,17 @@ def _flags(flags: bytes) -> tuple[bool, bool, bool]:
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def _count(text: str) -> int | None:
-    """The number in x-model-prediction-count; None for anything but one to nine digits."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
-
-
 def _str(text: bytes) -> str:
     return text.decode(errors="replace")
+
+
+_WITH_HASH = _Known(_parse_around, 32_768)  # an assignment comes in up to 7! orders; some 10 MB at most
+_WITHOUT_HASH = _Known(_parse_metadata, 4096)
+_FIELDS = _Known(_parse_field, 4096)
+_ASSIGNMENTS = _Known(Assignment._make, 4096)
+_ROUTES = _Known(_parse_route, 4096)
+_TAGS = _Known(_parse_tags, 4096)
+_ANSWERS = _Known(_parse_answer, 4096)
+_TEXTS = _Known(_parse_text, 4096)
+_STATUSES = _Known(_parse_status, 1024)
+_FLAGS = _Known(_parse_flags, 1024)

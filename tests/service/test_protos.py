@@ -28,7 +28,6 @@ TWINS = [
     (accesslog_pb2.Node, Node),
     (accesslog_pb2.HTTPAccessLogEntry, accesslog.HttpAccessLogEntry),
     (accesslog_pb2.AccessLogCommon, accesslog.AccessLogCommon),
-    (accesslog_pb2.HTTPRequestProperties, accesslog.HttpRequestProperties),
     (accesslog_pb2.HTTPResponseProperties, accesslog.HttpResponseProperties),
     (accesslog_pb2.ResponseFlags, accesslog.ResponseFlags),
     (accesslog_pb2.Interval, Duration),

@@ -47,8 +47,7 @@ async def test_the_access_log_names_the_assigned_and_the_served_arm(running, a_m
         for entry, served in ((first, "canary"), (second, "stable")):
             common = entry.common_properties
             assert (common.route_name, common.upstream_cluster) == ("digits.canary", f"digits_{served}")
-            assert dict(common.custom_tags) == {"cohort": "canary", "served": served}
-            assert "envoy.filters.http.ext_proc" in common.filter_state_objects
+            assert dict(common.custom_tags) == {"cohort": "canary", "served": served, "failed_open": "0"}
             assert entry.request.request_headers["x-model-cohort"] == "canary"
             expected = {
                 "x-model-version": f"v-digits-{served}-0",
