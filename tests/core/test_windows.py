@@ -247,6 +247,11 @@ def test_a_request_of_another_arm_than_decided_is_shown_as_mismatched_and_measur
     assert windows.labels("digits", "stable") == {}
 
 
+def test_a_request_that_another_model_served_measures_nobody():
+    tally = shown(counted(outcome(assigned(), model="letters")))
+    assert (tally.mismatched, tally.latency) == (1, {})
+
+
 def test_a_client_that_went_away_is_shown_and_not_judged():
     windows = counted(outcome(assigned(), aborted=True, status=0))
     assert (shown(windows).aborted, shown(windows).requests) == (1, 0)
