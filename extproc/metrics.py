@@ -117,29 +117,33 @@ class Metrics:
         if self._outlet is None:
             return
         number = _number(ms)
+        reservoir = self._reservoir(name, tags, number)
+        if reservoir is not None and number is not None:
+            reservoir.add(number)
+
+    def timings(self, name: str, ms: Sequence[float], seen: int, **tags: str) -> None:
+        """Note at once `seen` durations in milliseconds of which `ms` is a fair sample: all of them, or at least 64."""
+        if self._outlet is None or not ms:
+            return
+        kept = [number for number in map(_number, ms) if number is not None and number >= 0]
+        if len(kept) < len(ms):
+            self._dropped["value"] += len(ms) - len(kept)
+        reservoir = self._reservoir(name, tags, kept[0]) if kept else None
+        if reservoir is not None:
+            reservoir.add_sample(kept, max(seen - len(ms), 0) + len(kept))
+
+    def _reservoir(self, name: str, tags: Mapping[str, str], number: float | None) -> _Reservoir | None:
+        """Where the timing of a series goes; None after counting why nowhere."""
         timings = self._tally.timings
         key = self._admit(timings, name, tags, None if number is None or number < 0 else number)
-        if key is None or number is None:
-            return
+        if key is None:
+            return None
         if key not in timings:
             if len(timings) >= _MAX_TIMED_SERIES:
                 self._dropped["series"] += 1
-                return
+                return None
             timings[key] = _Reservoir()
-        timings[key].add(number)
-
-    def timings(self, name: str, ms: Sequence[float], seen: int, **tags: str) -> None:
-        """Note a fair sample of `seen` durations in milliseconds at once; it replaces what was noted since the flush.
-
-        Beyond 64 only the first are sent, with the rate that says how many they stand for.
-        """
-        if self._outlet is None or not ms:
-            return
-        self.timing(name, ms[0], **tags)
-        reservoir = self._tally.timings.get((name, frozenset(tags.items())))
-        if reservoir is not None:
-            kept = [number for number in map(_number, ms[:_SAMPLES]) if number is not None and number >= 0]
-            reservoir.kept, reservoir.seen = kept, max(seen, len(kept))
+        return timings[key]
 
     def flush(self) -> None:
         """Send what has gathered. A full or dead socket loses its lines, counted; it never makes this wait."""
@@ -290,6 +294,16 @@ class _Reservoir:
             self.kept.append(value)
         elif (place := int(random.random() * self.seen)) < _SAMPLES:  # noqa: S311  a sample, not a secret
             self.kept[place] = value
+
+    def add_sample(self, values: list[float], seen: int) -> None:
+        """Values that stand for `seen`. When all do not fit, each side keeps as many as what it stands for has."""
+        together = self.seen + seen
+        if len(self.kept) + len(values) > _SAMPLES:
+            mine = min(len(self.kept), max(_SAMPLES - len(values), round(_SAMPLES * self.seen / together)))
+            self.kept = [*random.sample(self.kept, mine), *random.sample(values, min(len(values), _SAMPLES - mine))]
+        else:
+            self.kept += values
+        self.seen = together
 
     def rate(self) -> float:
         return len(self.kept) / self.seen

@@ -224,6 +224,71 @@ def test_timings_beyond_the_reservoir_carry_the_rate_they_were_sampled_at(serve,
     assert [(value, rate) for *_, value, rate, tags in lines if tags == ["cohort:stable"]] == [("7.25", None)]
 
 
+def timing_lines(server):
+    """[(value, rate)] of everything that has arrived."""
+    return [(float(value), rate and float(rate)) for _, kind, value, rate, _ in server.lines() if kind == "ms"]
+
+
+def test_a_sample_of_durations_is_sent_with_the_rate_of_what_it_stands_for(serve, measure):
+    server = serve(Dialect.DOGSTATSD)
+    metrics = measure(server.address)
+    metrics.timings("latency", [3.5, 1, 2], 3, cohort="canary")
+    metrics.flush()
+    assert timing_lines(server) == [(3.5, None), (1, None), (2, None)]
+    metrics.timings("latency", range(64), 6_400)
+    metrics.flush()
+    assert timing_lines(server) == [(ms, 0.01) for ms in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("batches", "sent"),
+    [
+        ([(10, 10), (20, 20)], {1: 10, 2: 20}),
+        ([(64, 900), (64, 100)], {1: 58, 2: 6}),
+        ([(64, 100), (64, 900)], {1: 6, 2: 58}),
+        ([(60, 60), (10, 10)], {1: 55, 2: 9}),
+        ([(64, 1_000_000), (5, 5)], {1: 64}),
+        ([(200, 200)], {1: 64}),
+    ],
+)
+def test_samples_that_come_between_two_flushes_add_up_and_each_keeps_its_share(serve, measure, batches, sent):
+    server = serve(Dialect.DOGSTATSD)
+    metrics = measure(server.address)
+    for ms, (n, seen) in enumerate(batches, 1):
+        metrics.timings("latency", [ms] * n, seen)
+    metrics.flush()
+    lines = timing_lines(server)
+    assert {ms: sum(value == ms for value, _ in lines) for ms in sent} == sent
+    assert len(lines) == sum(sent.values())
+    stand_for = sum(1 / (rate or 1) for _, rate in lines)
+    assert stand_for == pytest.approx(sum(seen for _, seen in batches))
+
+
+def test_durations_that_are_none_are_left_out_of_a_sample_and_counted(serve, measure):
+    server = serve(Dialect.DOGSTATSD)
+    metrics = measure(server.address)
+    metrics.timings("latency", [float("nan"), -1, 5, None], 4)
+    metrics.timings("latency", [float("nan")], 1)
+    metrics.timings("latency", [], 0)
+    metrics.timings("latency", [5], 0)  # says less than it holds
+    metrics.flush()
+    lines = server.lines()
+    assert [(value, rate) for name, _, value, rate, _ in lines if name == "perch.latency"] == [("5", None)] * 2
+    assert dropped(lines) == {"value": 4}
+    metrics.timings("latency", [5], 1)
+    metrics.flush()
+    assert dropped(server.lines()) == {}
+
+
+def test_samples_of_too_many_series_are_dropped_and_counted(serve, measure):
+    server = serve(Dialect.DOGSTATSD)
+    metrics = measure(server.address)
+    for n in range(130):
+        metrics.timings("t", [1], 1, flag=str(n))
+    metrics.flush()
+    assert dropped(server.lines()) == {"series": 2}
+
+
 def test_series_beyond_the_bound_are_dropped_and_counted(serve, measure):
     server = serve(Dialect.DOGSTATSD)
     metrics = measure(server.address, max_series=10)
