@@ -12,6 +12,7 @@ from extproc.bench.command import bench
 from extproc.flagcommands import check, explain, plan, schema
 from extproc.options import Flags, Json, Models, State, Workers, fail, load_models_or_exit, settings_with
 from extproc.settings import Settings
+from extproc.traffic.command import traffic
 
 app = typer.Typer(
     name="perch",
@@ -106,6 +107,7 @@ app.command()(explain)
 app.command()(plan)
 app.command()(schema)
 app.command()(bench)
+app.command()(traffic)
 
 
 @app.command()

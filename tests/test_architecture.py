@@ -72,6 +72,14 @@ bench                 | bench envoyadmin envoyfile modelsfile settings superviso
 bench.logsink         | accesslog wire.outcomes                                       |
 bench.showing         | bench                                                         | rich
 bench.command         | *                                                             | rich typer
+traffic               | traffic                                                       |
+traffic.digits        |                                                               | numpy
+traffic.tally         | core                                                          |
+traffic.labels        |                                                               | aiohttp
+traffic.sending       | traffic                                                       | aiohttp
+traffic.running       | traffic                                                       | aiohttp
+traffic.showing       | traffic                                                       | rich
+traffic.command       | *                                                             | rich typer
 app                   | *                                                             | uvloop
 serve                 | *                                                             |
 control               | *                                                             | aiohttp
@@ -83,7 +91,19 @@ cli                   | *                                                       
 """
 """The row of the module itself, or of the nearest package above it, holds. `*` is everything."""
 
-ROLES = {"app", "serve", "control", "up", "options", "flagcommands", "show", "cli", "__main__", "bench.command"}
+ROLES = {
+    "app",
+    "serve",
+    "control",
+    "up",
+    "options",
+    "flagcommands",
+    "show",
+    "cli",
+    "__main__",
+    "bench.command",
+    "traffic.command",
+}
 """Who wires: nothing but these may import them."""
 
 CORE_STDLIB = {
