@@ -1,4 +1,4 @@
-"""Reconciliation against traffic whose truth is known: what was decided, sent, logged, and what went wrong on the way."""
+"""Reconciliation against traffic whose truth is known: what was decided, sent and logged, and what went wrong."""
 
 from dataclasses import dataclass, field
 
