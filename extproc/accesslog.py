@@ -31,7 +31,10 @@ class StreamInfo(NamedTuple):
 
 @dataclass(slots=True)
 class EnvoySeen:
-    """One Envoy: when it was heard last, on the caller's clock, and how many streams of it are open."""
+    """One Envoy: when it was heard last, on the caller's clock, and what of it was read.
+
+    `streams` is how many of its streams are open, normally one per worker thread.
+    """
 
     last_s: float
     streams: int = 0
@@ -42,12 +45,14 @@ class EnvoySeen:
 class Counts:
     """What came. All but `open` and `envoys` only grow.
 
-    `unreadable` counts entries, `unreadable_messages` whole messages. `envoys` has the MOST_ENVOYS last heard, by
-    node id.
+    `entries` counts those that became outcomes; `unreadable` entries that did not; `unreadable_messages` whole messages
+    that could not be read; `broken_off` streams that ended otherwise than by their Envoy's word: its connection lost, a
+    message too large, our own end. `envoys` has the MOST_ENVOYS last heard by node id, "" for those that do not say.
     """
 
     open: int = 0
     opened: int = 0
+    broken_off: int = 0
     messages: int = 0
     entries: int = 0
     unreadable: int = 0
@@ -109,43 +114,61 @@ class AccessLogService:
                 self._socket.unlink()
 
     async def _stream(self, messages: AsyncIterator[bytes], _context: Any) -> bytes:
-        """One stream to its end. An unreadable message is counted, and the next one read."""
+        """One stream to its end. A message that cannot be read is counted, and the next one read."""
         counts = self.counts
         counts.opened += 1
         counts.open += 1
-        info = StreamInfo(counts.opened, "", "")
+        number, info = counts.opened, None
+        ended = False
         try:
             async for message in messages:
-                info = await self._message(message, info)
+                info = await self._take_message(message, number, info)
+            ended = True
         finally:
             counts.open -= 1
-            self._seen(info.node).streams -= 1
+            counts.broken_off += not ended
+            if info is not None:
+                self._left(info.node)
         return b""
 
-    async def _message(self, message: bytes, info: StreamInfo) -> StreamInfo:
-        counts = self.counts
-        counts.messages += 1
+    async def _take_message(self, message: bytes, number: int, info: StreamInfo | None) -> StreamInfo | None:
+        """Hands over what a message says, in slices; returns whose stream it is, as soon as that is known."""
+        self.counts.messages += 1
         try:
             for batch in read_slices(message, SLICE):
-                if batch.node is not None and info.node != batch.node:
-                    info = info._replace(node=batch.node, log_name=batch.log_name)
-                    self._seen(info.node).streams += 1
-                counts.entries += len(batch.outcomes)
-                counts.unreadable += batch.unreadable
-                seen = self._seen(info.node)
-                seen.last_s = self._clock()
-                seen.entries += len(batch.outcomes)
-                self._take(batch, info)
-                await asyncio.sleep(0)
+                info = self._identified(batch, number, info)
+                self._take_batch(batch, info)
+                await asyncio.sleep(0)  # whatever else waits for the loop goes first
         except UnreadableLogError:
-            counts.unreadable_messages += 1
+            self.counts.unreadable_messages += 1
         return info
 
-    def _seen(self, node: str) -> EnvoySeen:
+    def _identified(self, batch: Batch, number: int, info: StreamInfo | None) -> StreamInfo:
+        """The stream's first message says whose it is; a later one may say it again."""
+        if info is not None and batch.node in {None, info.node}:
+            return info
+        if info is not None:
+            self._left(info.node)
+        self._envoy(batch.node or "").streams += 1
+        return StreamInfo(number, batch.node or "", batch.log_name)
+
+    def _take_batch(self, batch: Batch, info: StreamInfo) -> None:
+        counts, envoy = self.counts, self._envoy(info.node)
+        envoy.last_s = self._clock()
+        envoy.entries += len(batch.outcomes)
+        counts.entries += len(batch.outcomes)
+        counts.unreadable += batch.unreadable
+        self._take(batch, info)
+
+    def _envoy(self, node: str) -> EnvoySeen:
         """The record of an Envoy; the one not heard for longest makes room for a new one."""
         envoys = self.counts.envoys
         if node not in envoys:
             if len(envoys) >= MOST_ENVOYS:
-                del envoys[min(envoys, key=lambda one: envoys[one].last_s)]
+                del envoys[min(envoys, key=lambda one: (envoys[one].streams > 0, envoys[one].last_s))]
             envoys[node] = EnvoySeen(self._clock())
         return envoys[node]
+
+    def _left(self, node: str) -> None:
+        envoy = self._envoy(node)
+        envoy.streams = max(envoy.streams - 1, 0)  # a record that made room began anew

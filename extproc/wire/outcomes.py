@@ -34,7 +34,11 @@ _unpack_hash = struct.Struct("<d").unpack_from
 
 _new = tuple.__new__  # half the time of calling the class of a named tuple
 
-_K = TypeVar("_K")
+_LONG_BYTES = 512
+"""Of a key that is not kept: whatever names and headers come, the lookups take tens of MB at most."""
+_NAME_BYTES = 256
+"""What is kept of a node's id and a log's name."""
+_K = TypeVar("_K", bound=bytes | tuple[bytes | str, ...])
 _V = TypeVar("_V")
 
 
@@ -71,7 +75,7 @@ def read_slices(message: bytes, at_most: int) -> Iterator[Batch]:
         raise UnreadableLogError(str(error)) from None
     node, log_name = None, ""
     if parsed.HasField("identifier"):
-        node, log_name = _str(parsed.identifier.node.id), _str(parsed.identifier.log_name)
+        node, log_name = (_str(text[:_NAME_BYTES]) for text in (parsed.identifier.node.id, parsed.identifier.log_name))
     entries = parsed.http_logs.log_entry
     for start in range(0, len(entries) or 1, at_most):
         outcomes: list[Outcome] = []
@@ -132,7 +136,7 @@ def _upstream_ms(common: AccessLogCommon) -> float | None:
 
 
 class _Known(dict[_K, _V]):
-    """What `read` made of a key, kept for up to `most` keys; then it begins anew."""
+    """What `read` made of a key, kept for up to `most` keys; then it begins anew. A long key is read each time."""
 
     def __init__(self, read: Callable[[_K], _V], most: int) -> None:
         self._read = read
@@ -140,9 +144,10 @@ class _Known(dict[_K, _V]):
 
     def __missing__(self, key: _K) -> _V:
         value = self._read(key)
-        if len(self) >= self._most:
-            self.clear()
-        self[key] = value
+        if (len(key) if isinstance(key, bytes) else sum(map(len, key))) <= _LONG_BYTES:
+            if len(self) >= self._most:
+                self.clear()
+            self[key] = value
         return value
 
 
@@ -245,10 +250,10 @@ def _str(text: bytes) -> str:
     return text.decode(errors="replace")
 
 
-_WITH_HASH = _Known(_parse_around, 32_768)  # an assignment comes in up to 7! orders; some 10 MB at most
+_WITH_HASH = _Known(_parse_around, 32_768)  # an assignment comes in up to 7! orders
 _WITHOUT_HASH = _Known(_parse_metadata, 4096)
 _FIELDS = _Known(_parse_field, 4096)
-_ASSIGNMENTS = _Known(Assignment._make, 4096)
+_ASSIGNMENTS: _Known[tuple[str, ...], Assignment] = _Known(Assignment._make, 4096)  # so that equal ones are one
 _ROUTES = _Known(_parse_route, 4096)
 _TAGS = _Known(_parse_tags, 4096)
 _ANSWERS = _Known(_parse_answer, 4096)
