@@ -2,8 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from typing import Any
@@ -61,19 +61,13 @@ async def run(plan: Plan, stop: asyncio.Event, show: Show) -> dict[str, Any]:
         await _check(plan, session, control)
         labels = Labels(control, plan.control, plan.label_delay_s, plan.token) if plan.control else None
         sender = Sender(session, plan.url, plan.digits, plan.connections, labels)
-        loop = asyncio.get_running_loop()
-        start_s = loop.time()
-        shower = asyncio.create_task(_show(sender.tally, show))
-        try:
+        start_s = asyncio.get_running_loop().time()
+        async with _shown(sender.tally, show):
             await _send(sender, labels, plan, stop)
-            seconds = loop.time() - start_s
-            if labels is not None:
-                show(plan.expected_s, sender.tally, "waiting for the last labels")
-                await _finish(labels, stop)
-        finally:
-            shower.cancel()
-            with suppress(asyncio.CancelledError):
-                await shower
+        seconds = asyncio.get_running_loop().time() - start_s
+        if labels is not None:
+            show(plan.expected_s, sender.tally, "waiting for the last labels")
+            await _finish(labels, stop)
     document = {"seconds": round(seconds, 3), **sender.tally.plain()}
     return document if labels is None else {**document, "labels": labels.plain()}
 
@@ -114,12 +108,23 @@ async def _finish(labels: Labels, stop: asyncio.Event) -> None:
     labels.give_up()
 
 
-async def _show(tally: Tally, show: Show) -> None:
-    loop = asyncio.get_running_loop()
-    start_s = loop.time()
-    while True:
-        show(loop.time() - start_s, tally, "")
-        await asyncio.sleep(SHOW_EVERY_S)
+@asynccontextmanager
+async def _shown(tally: Tally, show: Show) -> AsyncIterator[None]:
+    """Shows how it goes while the body runs."""
+
+    async def show_on() -> None:
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        while True:
+            show(loop.time() - start_s, tally, "")
+            await asyncio.sleep(SHOW_EVERY_S)
+
+    showing = asyncio.create_task(show_on())
+    try:
+        yield
+    finally:
+        showing.cancel()
+        await asyncio.wait([showing])
 
 
 @contextmanager

@@ -65,7 +65,9 @@ class Sender:
     async def _feed(self, arrivals: Iterator[Arrival]) -> None:
         loop = asyncio.get_running_loop()
         for arrival in arrivals:
-            await asyncio.sleep(max(0.0, self._start_s + arrival.due_s - loop.time()))
+            due_s = self._start_s + arrival.due_s
+            await asyncio.sleep(max(0.0, due_s - loop.time()))
+            self.tally.behind_s = max(self.tally.behind_s, loop.time() - due_s)
             if self._queue.qsize() < MAX_WAITING:
                 self._queue.put_nowait(arrival)
             else:

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from extproc.traffic.tally import Tally
 
+BEHIND_MS = 100
+
 
 @contextmanager
 def progress_bar(total: float) -> Iterator[Callable[[float, str], None]]:
@@ -51,6 +53,9 @@ def lines_of(document: dict[str, Any]) -> list[str]:
     ]
     if document["skipped"]:
         lines.append(f"{document['skipped']:,} were due and not sent: too many waited for a connection")
+    if document["behind_ms"] > BEHIND_MS:
+        behind = document["behind_ms"] / 1000
+        lines.append(f"this program was up to {behind:.1f} s behind: it cannot send so many per second")
     lines += [f"{n:,} times: {problem}" for problem, n in list(document["problems"].items())[:3]]
     labels = document.get("labels")
     if labels is not None:

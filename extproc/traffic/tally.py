@@ -33,10 +33,14 @@ class Group:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts that only grow. `skipped` were due and never sent: too many waited for a connection."""
+    """Counts that only grow. `skipped` were due and never sent: too many waited for a connection.
+
+    `behind_s` is the most that this program was late by itself: beyond some ten milliseconds, latencies tell of it.
+    """
 
     sent: int = 0
     skipped: int = 0
+    behind_s: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
@@ -71,6 +75,7 @@ class Tally:
             "sent": self.sent,
             "answered": self.answered,
             "skipped": self.skipped,
+            "behind_ms": round(self.behind_s * 1000, 1),
             "statuses": dict(sorted(self.statuses.items())),
             "problems": dict(self.problems.most_common()),
             "versions": dict(sorted(self.versions.items())),
