@@ -132,6 +132,7 @@ class Control:
             decided=self.decided,
             log=self.telemetry.log,
             models=self.telemetry.model_of,
+            server=self.models[0].name,
             tell=self.tell,
         )
         self.request_metrics = RequestMetrics(

@@ -65,6 +65,14 @@ class EnvoyAdmin:
         except (AttributeError, KeyError, TypeError) as problem:
             raise EnvoyUnreachable(f"Envoy's admin at {self._address} answers stats without {problem}") from None
 
+    async def age_s(self) -> int:
+        """Whole seconds since Envoy began."""
+        answer = await self._json("/server_info")
+        try:
+            return int(answer["uptime_current_epoch"].removesuffix("s"))
+        except (AttributeError, KeyError, ValueError) as problem:
+            raise EnvoyUnreachable(f"Envoy's admin at {self._address} tells its age without {problem}") from None
+
     async def stats(self, query: str) -> tuple[str, bytes]:
         """Envoy's answer to `/stats?query` as it stands, content type and body, for those who may only read stats."""
         _, content_type, body = await self._get(f"/stats?{query}")

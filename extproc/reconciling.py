@@ -17,12 +17,16 @@ _COUNTERS = r"^(cluster\..+_(stable|canary)\.upstream_rq_(total|active)|http\.ed
 
 @dataclass(slots=True)
 class Reconciler:
-    """Compares and tells. `models` maps a flag to its model; `tell` is (kind, text, warning)."""
+    """Compares and tells. `models` maps a flag to its model; `tell` is (kind, text, warning).
+
+    `server` is the model whose stable answers for the server as a whole, the first one of the models file.
+    """
 
     admin: EnvoyAdmin
     decided: Decided
     log: LogCounts
     models: Callable[[], Mapping[str, str]]
+    server: str
     tell: Callable[[str, str, bool], None]
     found: Reconciliation = field(default_factory=Reconciliation)
     _told: dict[str, Difference] = field(default_factory=dict)
@@ -38,18 +42,18 @@ class Reconciler:
 
     async def compare(self) -> None:
         """One comparison; takes SETTLE_S seconds."""
-        decided, before = self.decided.by_flag(), await self._sent()
+        decided, heard, before = self.decided.by_flag(), self.decided.heard(), await self._sent()
         self.log.cut(time.time())
         after = await self._sent()
         try:
             await asyncio.sleep(SETTLE_S)
-            logged = self.log.logged()
+            logged = self.log.logged(self.server)
         finally:
             self.log.join()
         evidence = Evidence(
             decided=decided,
             later=self.decided.by_flag(),
-            processes=self.decided.processes(),
+            processes=frozenset(one for one, seq in self.decided.heard().items() if seq > heard.get(one, -1)),
             logged=logged,
             before=before,
             after=after,
@@ -75,6 +79,7 @@ class Reconciler:
         """Envoy's counters; None while it does not answer."""
         try:
             counters = await self.admin.counters(_COUNTERS)
+            began_s = time.monotonic() - await self.admin.age_s()
         except EnvoyUnreachable:
             return None
         finished: dict[str, int] = {}
@@ -84,4 +89,4 @@ class Reconciler:
             model, _, arm = cluster.rpartition("_")
             if arm in {"stable", "canary"} and not model.endswith("_canary_or"):
                 finished[model] = finished.get(model, 0) + (value if what == "upstream_rq_total" else -value)
-        return Sent(finished, counters.get("http.edge.downstream_rq_active", 0))
+        return Sent(finished, counters.get("http.edge.downstream_rq_active", 0), began_s)

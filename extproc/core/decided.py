@@ -91,9 +91,9 @@ class Decided:
             found[key.flag] = found.get(key.flag, 0) + n
         return found
 
-    def processes(self) -> frozenset[Process]:
-        """Every process that reported."""
-        return self._sums.processes()
+    def heard(self) -> dict[Process, int]:
+        """Every process that reported, with the `seq` of its newest report."""
+        return {process: self._sums.seq(process) or 0 for process in self._sums.processes()}
 
     def by_reason(self, flag: str) -> dict[str, dict[str, int]]:
         """Decisions of one flag: cohort, then reason."""

@@ -19,6 +19,8 @@ from extproc.core.outcomes import Outcome
 ALERT_SHARE = 0.001
 """Share of the requests from which a difference is an alert, if it is ALERT_LEAST at least."""
 ALERT_LEAST = 10
+_SAME_S = 2.0
+"""Envoy tells its age in whole seconds; one that began at another time than this is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +28,23 @@ class Logged:
     """What the access log said.
 
     By flag: `assigned` requests with a decision, `mismatched` ones that went elsewhere than decided. By model: `served`
-    requests that had an upstream host, `answered` those that it answered, `retries` attempts beyond each first one,
-    `undecided` inference requests without a decision, for whatever reason.
+    requests that a model server answered, `attempts` to have one do so, with or without success, `undecided` inference
+    requests without a decision, for whatever reason.
     """
 
     assigned: Mapping[str, int] = field(default_factory=dict)
     mismatched: Mapping[str, int] = field(default_factory=dict)
     served: Mapping[str, int] = field(default_factory=dict)
-    answered: Mapping[str, int] = field(default_factory=dict)
-    retries: Mapping[str, int] = field(default_factory=dict)
+    attempts: Mapping[str, int] = field(default_factory=dict)
     undecided: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Entries:
-    """Entries of one kind: how many, how many of them no upstream answered, and how often they were tried again."""
+    """Entries of one kind: how many, and the attempts that they took."""
 
     n: int = 0
-    unanswered: int = 0
-    retries: int = 0
+    attempts: int = 0
 
 
 class _Kind(NamedTuple):
@@ -83,10 +83,7 @@ class LogCounts:
         """Counts one entry of the log in its lane."""
         entries = lane.until if outcome.ended_s <= self._cut_s else lane.after
         entries.n += 1
-        if outcome.upstream_ms is None:
-            entries.unanswered += 1
-        if outcome.attempts > 1:
-            entries.retries += outcome.attempts - 1
+        entries.attempts += outcome.attempts
 
     def cut(self, now_s: float) -> None:
         """Begins to keep apart what ends after this instant, on Envoy's clock."""
@@ -98,13 +95,12 @@ class LogCounts:
         for lane in self._lanes.values():
             until, after = lane.until, lane.after
             until.n += after.n
-            until.unanswered += after.unanswered
-            until.retries += after.retries
+            until.attempts += after.attempts
             lane.after = _Entries()
         self._cut_s = inf
 
-    def logged(self) -> Logged:
-        """The counts as of the cut."""
+    def logged(self, server: str = "") -> Logged:
+        """The counts as of the cut. `server` is the model whose stable answers for the server as a whole."""
         parts: dict[str, dict[str, int]] = {}
 
         def count(name: str, of: str, n: int) -> None:
@@ -112,13 +108,11 @@ class LogCounts:
             part[of] = part.get(of, 0) + n
 
         for kind, lane in self._lanes.items():
-            entries = lane.until
-            if kind.served:
-                count("served", kind.model, entries.n)
-                count("answered", kind.model, entries.n - entries.unanswered)
-                count("retries", kind.model, entries.retries)
+            entries, model = lane.until, kind.model or server
+            count("served", model, entries.n if kind.served else 0)
+            count("attempts", model, entries.attempts)
             if kind.flag is None:
-                count("undecided", kind.model, entries.n if kind.inference else 0)
+                count("undecided", model, entries.n if kind.inference else 0)
             else:
                 count("assigned", kind.flag, entries.n)
                 count("mismatched", kind.flag, entries.n if kind.mismatched else 0)
@@ -127,10 +121,14 @@ class LogCounts:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """Envoy's counters: attempts that the member clusters of each model have finished, and requests under way."""
+    """Envoy's counters: attempts that the member clusters of each model have finished, and requests under way.
+
+    `began_s` is when Envoy began, on any clock that does not step, in seconds.
+    """
 
     finished: Mapping[str, int] = field(default_factory=dict)
     under_way: int = 0
+    began_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +136,8 @@ class Evidence:
     """All that one comparison needs.
 
     `decided` are the decisions by flag that were known at its instant, `later` those known when the log had settled;
-    `processes` names the processes that counted them. `before` and `after` are Envoy's counters around the instant,
-    None for an Envoy that did not answer.
+    `processes` names the processes that reported theirs in between. `before` and `after` are Envoy's counters around
+    the instant, None for an Envoy that did not answer.
     """
 
     decided: Mapping[str, int]
@@ -154,6 +152,7 @@ class Evidence:
 class Difference:
     """What one flag's reconciliation found, since the log has been read.
 
+    `decided` are decisions since then: what serve had decided before the first comparison is taken as it was logged.
     `lost` are entries that the log owes; `surplus` entries that nobody we know of can have caused: another Envoy, or
     another serve; `mismatched` requests that went elsewhere than decided, a fall-back to stable not among them.
     """
@@ -185,8 +184,8 @@ class Difference:
 class Reconciliation:
     """Compares again and again; `differences` are those of the last time, by flag.
 
-    Counting begins with the first comparison. When Envoy or a process of serve began again, the last that it counted
-    is not known: what was found until then is kept, and the comparison starts anew from here.
+    Counting begins with the first comparison. When Envoy or a process of serve began or fell silent, the last that it
+    counted is not known: what was found until then is kept, and the comparison starts anew from here.
     """
 
     differences: dict[str, Difference] = field(default_factory=dict)
@@ -209,11 +208,17 @@ class Reconciliation:
         last = self._last or self._base
         if last is None:
             return False
-        if evidence.processes != last.processes or (last.before is None) != (evidence.before is None):
+        if evidence.processes != last.processes:
             return True
-        if last.before is None or evidence.before is None:
-            return False
-        return any(n > evidence.before.finished.get(model, 0) for model, n in last.before.finished.items())
+        return _another(last.before, evidence.before) or _another(last.after, evidence.after)
+
+
+def _another(last: Sent | None, now: Sent | None) -> bool:
+    """Whether the counters are not those of the Envoy that answered the last time."""
+    if last is None or now is None:
+        return (last is None) != (now is None)
+    restarted = abs(now.began_s - last.began_s) > _SAME_S
+    return restarted or any(n > now.finished.get(model, 0) for model, n in last.finished.items())
 
 
 def _sum(kept: Difference, now: Difference) -> Difference:
@@ -224,7 +229,11 @@ def _sum(kept: Difference, now: Difference) -> Difference:
 
 
 def _difference(flag: str, model: str, base: Evidence, now: Evidence) -> Difference:
-    """One flag's difference since the base."""
+    """One flag's difference since the base.
+
+    Requests that were under way at one of the two instants, or decided and not yet reported, are on one side of it in
+    one count and on the other side in another: of both readings that one is taken which makes the difference smaller.
+    """
 
     def grown(name: str, of: str) -> int:
         return int(getattr(now.logged, name).get(of, 0) - getattr(base.logged, name).get(of, 0))
@@ -233,20 +242,19 @@ def _difference(flag: str, model: str, base: Evidence, now: Evidence) -> Differe
         return new.get(of, 0) - old.get(of, 0)
 
     under_way = now.before.under_way if now.before is not None else 0
+    was_under_way = base.before.under_way if base.before is not None else 0
     assigned = grown("assigned", flag)
-    lost = growth(now.decided, base.decided, flag) - assigned - grown("undecided", model) - under_way
-    surplus = assigned - growth(now.later, base.later, flag)
-    if now.before is not None and base.before is not None:
-        finished = growth(now.before.finished, base.before.finished, model)
-        lost = max(lost, finished - grown("served", model) - grown("retries", model) - under_way)
-    if now.after is not None and base.after is not None:
-        finished = growth(now.after.finished, base.after.finished, model)
-        surplus = max(surplus, grown("answered", model) - finished)
+    lost = growth(now.decided, base.later, flag) - assigned - grown("undecided", model)
+    surplus = assigned - growth(now.later, base.decided, flag)
+    if now.before is not None and base.after is not None:
+        lost = max(lost, growth(now.before.finished, base.after.finished, model) - grown("attempts", model))
+    if now.after is not None and base.before is not None:
+        surplus = max(surplus, grown("served", model) - growth(now.after.finished, base.before.finished, model))
     return Difference(
-        decided=now.decided.get(flag, 0),
+        decided=base.logged.assigned.get(flag, 0) + growth(now.decided, base.decided, flag),
         assigned=now.logged.assigned.get(flag, 0),
         served=now.logged.served.get(model, 0),
-        lost=max(0, lost),
-        surplus=max(0, surplus),
+        lost=max(0, lost - under_way),
+        surplus=max(0, surplus - was_under_way),
         mismatched=now.logged.mismatched.get(flag, 0),
     )

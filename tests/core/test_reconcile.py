@@ -45,6 +45,7 @@ class World:
     decided: int = 0
     finished: int = 0
     under_way: int = 0
+    began_s: float = 0.0
     processes: frozenset = frozenset({"w0"})
     envoy: bool = True
 
@@ -58,7 +59,7 @@ class World:
 
     def compare(self, *, later=0):
         """A comparison; `later` decisions became known while the log settled."""
-        sent = Sent({"digits": self.finished}, self.under_way) if self.envoy else None
+        sent = Sent({"digits": self.finished}, self.under_way, self.began_s) if self.envoy else None
         self.found.compare(
             FLAGS,
             Evidence(
@@ -147,8 +148,58 @@ def test_retries_are_attempts_and_no_lost_requests(world):
 
 
 def test_a_host_that_refused_the_connection_was_not_sent_to_and_is_no_surplus(world):
-    world.request(counted=False, answered=False)
+    world.request(counted=False, answered=False, served="")
     assert world.compare().surplus == 0
+
+
+def test_a_request_that_hung_until_its_deadline_was_sent_and_is_not_lost(world):
+    for _ in range(20):
+        world.request(answered=False, served="")
+    assert world.compare() == Difference(decided=20, assigned=20)
+
+
+def test_probes_of_the_server_as_a_whole_belong_to_the_model_that_answers_for_it():
+    log = LogCounts()
+    probe = outcome(None)._replace(model="", arm="", inference=False)
+    log.add(log.lane(probe), probe)
+    assert (log.logged("digits").served, log.logged("digits").attempts) == ({"digits": 1}, {"digits": 1})
+
+
+def test_what_was_decided_and_reported_late_before_the_first_comparison_is_not_lost():
+    """It ran under traffic: the log knew of 40 requests whose decisions were not reported yet."""
+    world = World()
+    for _ in range(40):
+        world.request(reported=False)
+    world.compare(later=40)
+    world.decided += 40
+    assert world.compare().lost == 0
+
+
+def test_what_was_under_way_during_the_first_comparison_is_no_surplus():
+    world = World(decided=30, under_way=30)
+    world.compare()
+    world.under_way = 0
+    for _ in range(30):
+        world.request(reported=False)
+    assert world.compare().surplus == 0
+
+
+def test_decisions_of_while_the_log_settled_for_the_first_time_are_no_surplus():
+    world = World()
+    world.compare(later=50)
+    for _ in range(50):
+        world.request()
+    assert world.compare().surplus == 0
+
+
+def test_decisions_are_counted_from_what_was_logged_when_the_first_comparison_was_made():
+    """A control that was started again knows serve's counts of all time, and the log's since then."""
+    world = World(decided=1000, finished=1000)
+    for _ in range(3):
+        world.request()
+    world.compare()
+    world.request()
+    assert world.compare() == Difference(decided=4, assigned=4, served=4)
 
 
 def test_what_came_before_the_first_comparison_is_nobodys_loss():
@@ -169,6 +220,28 @@ def test_a_restarted_envoy_keeps_what_was_lost_and_is_not_held_against_the_log(w
     assert (found.lost, found.surplus) == (4, 0)
     world.request(logged=False)
     assert world.compare().lost == 5
+
+
+def test_another_envoy_is_told_by_when_it_began_also_when_it_has_counted_more(world):
+    for _ in range(5):
+        world.request()
+    world.compare()
+    for _ in range(50):  # logged, and counted by the Envoy that is gone
+        world.request(counted=False)
+    world.finished, world.began_s = 8, 100.0
+    assert world.compare().surplus == 0
+    world.began_s = 101.5  # whole seconds of its age
+    world.request(counted=False)
+    assert world.compare().surplus == 1
+
+
+def test_a_serve_that_fell_silent_with_unreported_decisions_is_no_surplus(world):
+    for _ in range(30):
+        world.request(reported=False)
+    world.processes = frozenset()
+    assert world.compare().surplus == 0
+    world.request(reported=False)
+    assert world.compare().surplus == 1
 
 
 def test_a_serve_that_died_with_unreported_decisions_is_no_surplus(world):
@@ -208,9 +281,9 @@ def test_the_log_is_read_as_of_the_cut_and_whole_again_after_it():
     log.add(lane, outcome(ended_s=10.0))
     log.add(lane, outcome(ended_s=10.1, attempts=2))
     logged = log.logged()
-    assert (logged.assigned, logged.retries) == ({"digits": 2}, {"digits": 0})
+    assert (logged.assigned, logged.attempts) == ({"digits": 2}, {"digits": 2})
     log.join()
-    assert (log.logged().assigned, log.logged().retries) == ({"digits": 3}, {"digits": 1})
+    assert (log.logged().assigned, log.logged().attempts) == ({"digits": 3}, {"digits": 4})
 
 
 KINDS = st.fixed_dictionaries(

@@ -165,6 +165,7 @@ async def test_counters_are_read_in_one_call_and_large_answers_whole(folder, adm
         assert await admin.counters("no_such_counter_anywhere") == {}
         everything = await admin.counters(".*")
         assert len([name for name in everything if name.endswith(".upstream_rq_total")]) == 60
+        assert 0 <= await admin.age_s() < 100
         content_type, body = await admin.stats("filter=active_clusters&format=prometheus")
         assert content_type.startswith("text/plain")
         assert b"envoy_cluster_manager_active_clusters{} 60" in body
@@ -230,7 +231,7 @@ NONSENSE = {
 @pytest.mark.parametrize("what", NONSENSE)
 async def test_nonsense_is_never_taken_for_an_envoy_without_hosts(folder, admin, what):
     async with http(folder / "admin.sock", NONSENSE[what]):
-        for call in (admin.hosts(), admin.counters("x")):
+        for call in (admin.hosts(), admin.counters("x"), admin.age_s()):
             with pytest.raises(EnvoyUnreachable) as caught:
                 await call
             assert "\n" not in str(caught.value)
