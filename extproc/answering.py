@@ -49,8 +49,9 @@ MakeTransport = Callable[[Callable[[bytes], bytes], Callable[[], bool]], Transpo
 class Answering:
     """Answers with the last ruleset it was given. Not serving, as the health check sees it, until one was good.
 
-    `worker` names this process in its reports; `report` takes each of them. `show_units`: a unit that makes up an
-    unusual share of the traffic may be named.
+    `worker` names this process in its reports; `report` takes each of them, and `listener` tells who hears them: for
+    another one, everything is reported again. `show_units`: a unit that makes up an unusual share of the traffic may be
+    named.
     """
 
     metrics: Metrics
@@ -58,6 +59,7 @@ class Answering:
     worker: str
     report: Callable[[Report], None]
     warn: Callable[[str, str], None]
+    listener: Callable[[], object] = lambda: None
     show_units: bool = False
     serving: bool = False
     _boot: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
@@ -66,6 +68,7 @@ class Answering:
     _changed: dict[Key, int] = field(default_factory=dict, init=False)
     _heavy: dict[str, HeavyHitters] = field(default_factory=dict, init=False)
     _alerted: set[str] = field(default_factory=set, init=False)
+    _heard_by: object = field(default=None, init=False)
 
     def publish(self, received: Received) -> None:
         """Serves this ruleset from the next request on."""
@@ -137,6 +140,9 @@ class Answering:
         """Reports what has changed lately; the rest control must know by now."""
         heavy = self._heaviest()
         self._seq += 1
+        listener = self.listener()
+        if listener != self._heard_by:  # it knows nothing yet: what has not changed lately would look new when it does
+            self._heard_by, self._changed = listener, dict.fromkeys(self._totals, self._seq)
         self._changed = {key: at for key, at in self._changed.items() if self._seq - at <= TELL_FOR_SENDS}
         rows = list(self._changed)
         for start in range(0, max(len(rows), 1), ROWS_PER_REPORT):
@@ -180,6 +186,14 @@ class Reports:
                 self._socket.sendto(json.dumps(plain_report(report)).encode(), str(self._path))
             except OSError:
                 return  # the next one carries the same counts
+
+    def listener(self) -> tuple[int, int] | None:
+        """What tells one listener's socket from the next one's; None without any."""
+        try:
+            found = self._path.stat() if self._path is not None else None
+        except OSError:
+            return None
+        return None if found is None else (found.st_ino, found.st_ctime_ns)
 
     def close(self) -> None:
         """Closes the socket."""

@@ -127,6 +127,7 @@ async def first_answering(role: Role, listen: str, no_flags: Parts) -> tuple[Ans
         answerer=Answerer(first[0].published),
         worker=listen,
         report=reports.send,
+        listener=reports.listener,
         warn=role.events.warn,
         show_units=role.settings.show_heavy_units,
     )
