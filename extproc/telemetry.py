@@ -77,6 +77,7 @@ class Telemetry:
     log: LogCounts = field(default_factory=LogCounts)
     kpis: Kpis = field(default_factory=Kpis)
     _flags: tuple[Flag, ...] = ()
+    _models: Mapping[str, str] = field(default_factory=dict)
     _lanes: dict[tuple[object, ...], _Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,10 +87,11 @@ class Telemetry:
     def take_flags(self, flags: Iterable[Flag], exposures: Exposures) -> None:
         """The flags that are served now: what values may be reported about."""
         self._flags = tuple(flags)
+        self._models = {flag.key: flag.model for flag in self._flags}
         self.take_exposures(exposures)
 
     def _kind_of(self, flag: str) -> str:
-        return self.kinds.get(self.model_of().get(flag, ""), Kind.AUTO)
+        return self.kinds.get(self._models.get(flag, ""), Kind.AUTO)
 
     def take_exposures(self, exposures: Exposures) -> None:
         """What the controller decided: the steps, and the salts that units are hashed with."""
@@ -154,4 +156,4 @@ class Telemetry:
 
     def model_of(self) -> Mapping[str, str]:
         """Each flag's model."""
-        return {flag.key: flag.model for flag in self._flags}
+        return self._models
