@@ -20,6 +20,12 @@ SLICE: Final = 500
 """Entries between two pauses of the loop."""
 MOST_ENVOYS: Final = 64
 
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every 10 s, and nothing is ever sent on these streams
+)
+
 
 class StreamInfo(NamedTuple):
     """Whose entries they are. `number` counts streams from 1; `node` is "" until, and unless, the stream named it."""
@@ -45,14 +51,13 @@ class EnvoySeen:
 class Counts:
     """What came. All but `open` and `envoys` only grow.
 
-    `entries` counts those that became outcomes; `unreadable` entries that did not; `unreadable_messages` whole messages
-    that could not be read; `broken_off` streams that ended otherwise than by their Envoy's word: its connection lost, a
-    message too large, our own end. `envoys` has the MOST_ENVOYS last heard by node id, "" for those that do not say.
+    `entries` counts those that became outcomes, `unreadable` those that did not, `unreadable_messages` whole messages
+    that could not be read. How a stream ended is not counted: gRPC tells an end, a lost connection and a message too
+    large in the same way. `envoys` has the MOST_ENVOYS last heard, by node id, "" for those that do not say.
     """
 
     open: int = 0
     opened: int = 0
-    broken_off: int = 0
     messages: int = 0
     entries: int = 0
     unreadable: int = 0
@@ -79,37 +84,31 @@ class AccessLogService:
 
         Raises OSError, with the address in its message, when it is taken or cannot be used.
         """
-        options = [
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
-            ("grpc.http2.max_ping_strikes", 0),  # Envoy pings every 10 s, and nothing is ever sent on these streams
-        ]
-        self._server = grpc.aio.server(options=options)
+        socket = Path(listen.removeprefix("unix:")) if listen.startswith("unix:") else None
+        if socket is not None:
+            socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            free_socket(socket)
+        server = grpc.aio.server(options=_OPTIONS)
         method = grpc.stream_unary_rpc_method_handler(self._stream)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method}),)
-        )
-        if listen.startswith("unix:"):
-            self._socket = Path(listen.removeprefix("unix:"))
-            self._socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            free_socket(self._socket)
-        before = os.umask(0o077)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"StreamAccessLogs": method}),))
+        before = os.umask(0o177)
         try:
-            port = self._server.add_insecure_port(listen)
+            port = server.add_insecure_port(listen)
         except RuntimeError:
+            await server.stop(None)
             raise OSError(f"cannot listen at {listen}: the address is taken or not ours") from None
         finally:
             os.umask(before)
-        await self._server.start()
-        self._born = birth_of(self._socket)
-        return listen if self._socket is not None else f"{listen.rpartition(':')[0]}:{port}"
+        await server.start()
+        self._server, self._socket, self._born = server, socket, birth_of(socket)
+        return listen if socket is not None else f"{listen.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more streams, lets those under way go on for `grace_s` seconds, removes the socket."""
         if self._server is not None:
             await self._server.stop(grace_s)
         # gRPC has removed the socket already, when it began to drain; what is there now may be our successor's.
-        if self._socket is not None and self._born is not None and birth_of(self._socket) == self._born:
+        if self._socket is not None and birth_of(self._socket) == self._born is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._socket.unlink()
 
@@ -119,14 +118,11 @@ class AccessLogService:
         counts.opened += 1
         counts.open += 1
         number, info = counts.opened, None
-        ended = False
         try:
             async for message in messages:
                 info = await self._take_message(message, number, info)
-            ended = True
         finally:
             counts.open -= 1
-            counts.broken_off += not ended
             if info is not None:
                 self._left(info.node)
         return b""
