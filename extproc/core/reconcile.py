@@ -28,13 +28,14 @@ class Logged:
     """What the access log said.
 
     By flag: `assigned` requests with a decision, `mismatched` ones that went elsewhere than decided. By model: `served`
-    requests that a model server answered, `attempts` to have one do so, with or without success, `undecided` inference
-    requests without a decision, for whatever reason.
+    requests that a model server answered, `answered` the same with probes, `attempts` to have one answer, with or
+    without success and probes too, `undecided` requests without a decision, for whatever reason.
     """
 
     assigned: Mapping[str, int] = field(default_factory=dict)
     mismatched: Mapping[str, int] = field(default_factory=dict)
     served: Mapping[str, int] = field(default_factory=dict)
+    answered: Mapping[str, int] = field(default_factory=dict)
     attempts: Mapping[str, int] = field(default_factory=dict)
     undecided: Mapping[str, int] = field(default_factory=dict)
 
@@ -109,7 +110,8 @@ class LogCounts:
 
         for kind, lane in self._lanes.items():
             entries, model = lane.until, kind.model or server
-            count("served", model, entries.n if kind.served else 0)
+            count("served", model, entries.n if kind.served and kind.inference else 0)
+            count("answered", model, entries.n if kind.served else 0)
             count("attempts", model, entries.attempts)
             if kind.flag is None:
                 count("undecided", model, entries.n if kind.inference else 0)
@@ -249,7 +251,7 @@ def _difference(flag: str, model: str, base: Evidence, now: Evidence) -> Differe
     if now.before is not None and base.after is not None:
         lost = max(lost, growth(now.before.finished, base.after.finished, model) - grown("attempts", model))
     if now.after is not None and base.before is not None:
-        surplus = max(surplus, grown("served", model) - growth(now.after.finished, base.before.finished, model))
+        surplus = max(surplus, grown("answered", model) - growth(now.after.finished, base.before.finished, model))
     return Difference(
         decided=base.logged.assigned.get(flag, 0) + growth(now.decided, base.decided, flag),
         assigned=now.logged.assigned.get(flag, 0),
