@@ -116,13 +116,21 @@ def envoy_settings(settings: Settings) -> EnvoySettings:
         files_dir=settings.xds,
         listen=settings.envoy_listen,
         admin=settings.envoy_admin,
-        ext_proc=worker_addresses(settings.listen, settings.workers),
+        ext_proc=_serves(settings),
         access_log=settings.access_log,
         statsd=settings.statsd if _is_ip(settings.statsd) else None,
         force_token=settings.force_token is not None,
         show_cohort=settings.show_cohort,
         show_version=settings.show_version,
+        concurrency=settings.envoy_threads,
     )
+
+
+def _serves(settings: Settings) -> tuple[str, ...]:
+    """Where Envoy finds every `serve`: those that are named, else the one that the same settings start."""
+    if settings.ext_proc is None:
+        return worker_addresses(settings.listen, settings.workers)
+    return tuple(address.strip() for address in settings.ext_proc.split(","))
 
 
 def _is_ip(address: str | None) -> bool:

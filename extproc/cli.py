@@ -158,6 +158,25 @@ def envoy_validate(models: Models = None, flags: Flags = None) -> None:
     typer.echo(f"Envoy takes it: {settings.models}")
 
 
+@envoy.command("run")
+def envoy_run() -> None:
+    """Run Envoy in this process, on the files that control keeps in PERCH_XDS. Waits a minute for them."""
+    import os
+
+    from extproc.app import envoy_settings
+    from extproc.envoyfile import EnvoyFileError, await_files, envoy_command
+
+    settings = settings_with()
+    if settings.xds is None:
+        raise fail("PERCH_XDS is not set; write the folder of Envoy's files", 2)
+    try:
+        await_files(settings.xds, within_s=60)
+        command = envoy_command(envoy_settings(settings))
+    except EnvoyFileError as error:
+        raise fail(error) from None
+    os.execv(command[0], command)  # noqa: S606  signals then reach Envoy itself
+
+
 def rendered(settings: Settings, out: Path) -> dict[str, str]:
     """Envoy's files, with the headers forwarded that the flag file names, if it can be read."""
     from extproc.app import envoy_settings, prefixes

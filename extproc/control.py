@@ -9,14 +9,16 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from extproc.accesslog import AccessLogService, StreamInfo
-from extproc.address import TcpAddress, parse_address
+from extproc.address import Address, TcpAddress, UnixAddress, parse_address
 from extproc.api import Sources, make_api
+from extproc.apitoken import TokenError, read_token, writing_needs
 from extproc.app import StartError, compile_with, envoy_settings, make_metrics, prefixes, until_stopped
 from extproc.cohorts import cohorts_of
 from extproc.controller import Controller, View
@@ -92,6 +94,23 @@ def close_gates(settings: Settings, models: tuple[Model, ...]) -> None:
             exposures = start_exposures(paths, lambda *_: None)
             write_exposures(paths.exposure, with_caps(exposures, {flag.key: (flag.salt, 0) for flag in flags}))
             return
+
+
+async def somebody_listens(address: str) -> bool:
+    """Whether a connection to the address is accepted. One that cannot be made in time may still be: True."""
+    where = parse_address(address, port_zero=True)
+    try:
+        async with asyncio.timeout(1):
+            if isinstance(where, TcpAddress):
+                _, writer = await asyncio.open_connection(where.host, where.port)
+            else:
+                _, writer = await asyncio.open_unix_connection(str(where.path))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 @dataclass(slots=True)
@@ -326,6 +345,8 @@ async def control(settings: Settings) -> None:
     """Runs until SIGTERM. Raises StartError, or ModelsFileError for a models file that is wrong."""
     start_log("control", settings.log_level)
     models = load_models(settings.models)
+    if settings.xds is not None and not await somebody_listens(settings.envoy_admin):
+        close_gates(settings, models)
     metrics, compiler, admin = make_metrics(settings), Compiler(), EnvoyAdmin(settings.envoy_admin)
     try:
         role = Control(settings, models, metrics, Events("control", settings.events), compiler, admin)
@@ -340,6 +361,21 @@ async def control(settings: Settings) -> None:
         metrics.close()
 
 
+def api_token(settings: Settings) -> str | None:
+    """The token that writing to the API needs, from the setting or from its file. Raises StartError."""
+    if settings.token is not None or settings.token_file is None:
+        return settings.token
+    try:
+        return read_token(settings.token_file)
+    except TokenError as error:
+        raise StartError(str(error)) from None
+
+
+def is_of_this_machine(address: Address) -> bool:
+    """Whether nobody reaches the address from elsewhere: a unix socket, or loopback by its number."""
+    return isinstance(address, UnixAddress) or (not address.is_name and ip_address(address.host).is_loopback)
+
+
 @contextlib.asynccontextmanager
 async def listening(role: Control) -> AsyncIterator[None]:
     """The API, listening while the body runs. Raises StartError when its address is taken."""
@@ -350,10 +386,12 @@ async def listening(role: Control) -> AsyncIterator[None]:
         metrics=role.request_metrics.prometheus,
         routes=outcome_routes(role.report),
     )
-    runner = web.AppRunner(make_api(sources), access_log=None)
-    await runner.setup()
     listen = role.settings.control_listen
     address = parse_address(listen, port_zero=True)
+    api = make_api(sources)
+    api.middlewares.append(writing_needs(api_token(role.settings), open_without=is_of_this_machine(address)))
+    runner = web.AppRunner(api, access_log=None)
+    await runner.setup()
     try:
         if isinstance(address, TcpAddress):
             await web.TCPSite(runner, address.host, address.port, shutdown_timeout=1).start()

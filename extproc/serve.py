@@ -26,7 +26,7 @@ from extproc.modelsfile import load_models
 from extproc.receiver import Received, Receiver
 from extproc.settings import Settings
 from extproc.wire.answer import Answerer
-from extproc.workers import Parent, Workers
+from extproc.workers import FOLLOWS, Parent, Workers
 
 GAUGE_EVERY_S = 10.0
 """Gauges are told again this often: some collectors forget those that are silent."""
@@ -110,6 +110,8 @@ async def _serve_alone(role: Role) -> None:
 
     flag_file = role.flag_file(Receiver(role.models, role.settings.force_token, hand_on).take)
     try:
+        # Before anybody can ask: Envoy may not have noticed that this is a new process, and would send users of canary.
+        await flag_file.refresh()
         await answer_until_stopped(role, role.settings.listen, answering, (flag_file.follow, role.gauge))
     finally:
         reports.close()
@@ -168,8 +170,10 @@ async def _serve_with_workers(role: Role) -> None:
             workers.publish(kept)
         return verdict
 
+    flag_file = role.flag_file(publish)
     try:
-        await until_stopped(workers.run, role.flag_file(publish).follow, role.metrics.run, role.gauge)
+        await flag_file.refresh()
+        await until_stopped(workers.run, flag_file.follow, role.metrics.run, role.gauge)
     finally:
         await workers.stop()
 
@@ -188,6 +192,8 @@ async def serve_worker(listen: str) -> None:
     role = Role.of(pickle.loads(await parent.message()))  # noqa: S301  from our own parent
     answering, reports = await first_answering(role, listen, parent.parts())
     receiver = Receiver(role.models, role.settings.force_token, answering.publish)
+    if await parent.message() == FOLLOWS:
+        await receiver.take(parent.parts())
 
     async def take_rulesets() -> None:
         try:

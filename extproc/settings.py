@@ -20,10 +20,16 @@ class Settings(BaseSettings):
     models: Path = Field(Path("envoy/models.yaml"), description="the models that Envoy serves")
     state: Path = Field(Path("state"), description="folder of what programs write")
     listen: str = Field("unix:/run/perch/ext_proc.sock", description="where `serve` listens: unix:PATH or HOST:PORT")
+    ext_proc: str | None = Field(
+        None, description="where Envoy finds every `serve`, with commas between; listen and workers if unset"
+    )
     workers: int = Field(1, ge=1, le=64, description="processes of `serve`, one address each")
     transport: Literal["fast", "grpcio"] = Field("fast", description="ext_proc transport: fast, or grpcio as reference")
     control_listen: str = Field("127.0.0.1:8900", description="where the control API listens")
+    token: str | None = Field(None, min_length=16, description="whoever writes to the control API must show it")
+    token_file: Path | None = Field(None, description="file with that token, read at the start; an empty one is none")
     envoy_listen: str = Field("127.0.0.1:10000", description="where Envoy listens for clients")
+    envoy_threads: int = Field(1, ge=1, le=256, description="threads of Envoy that take requests")
     envoy_admin: str = Field("127.0.0.1:9901", description="Envoy's admin interface: HOST:PORT or unix:PATH")
     access_log: str = Field("unix:/run/perch/als.sock", description="where Envoy sends its access log")
     counters: Path | None = Field(None, description="control's socket for what serve counts; none if unset")
@@ -46,6 +52,13 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
             parse_address(value, port_zero=info.field_name != "statsd")
+        return value
+
+    @field_validator("ext_proc")
+    @classmethod
+    def _are_addresses(cls, value: str | None) -> str | None:
+        for address in () if value is None else value.split(","):
+            parse_address(address.strip())
         return value
 
 

@@ -13,6 +13,9 @@ BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 MAX_BACKLOG_BYTES = 64 * 1024 * 1024
 """A worker that has not read this much is hung, and is replaced."""
 
+FOLLOWS, NONE_YET = b"follows", b"none yet"
+"""Whether there is a ruleset already, which a new worker is to take before it listens."""
+
 STEADY_S = 10.0
 """A worker that lived this long starts the back-off anew when it dies."""
 
@@ -21,7 +24,8 @@ STEADY_S = 10.0
 class Workers:
     """One process per address, which reads what it serves from its standard input and ends when that is closed.
 
-    It gets the greeting, the ruleset of no flags, and then every ruleset. `command` gives its arguments by address.
+    It gets the greeting, the ruleset of no flags, FOLLOWS or NONE_YET, and then every ruleset. `command` gives its
+    arguments by address.
     """
 
     addresses: Sequence[str]
@@ -83,7 +87,7 @@ class Workers:
             sys.executable, "-m", "extproc", *self.command(address), stdin=asyncio.subprocess.PIPE
         )
         self._running[address] = process
-        self._give(process, (self.greeting, *self._first, *self._latest))
+        self._give(process, (self.greeting, *self._first, FOLLOWS if self._latest else NONE_YET, *self._latest))
         code = await process.wait()
         del self._running[address]  # not in a finally: what still runs when this is cancelled is `stop`'s to end
         return code

@@ -63,6 +63,8 @@ cohorts               | core telemetry                                          
 requestmetrics        | core accesslog cohorts metricnames metrics telemetry          | prometheus_client
 reconciling           | core envoyadmin                                               |
 api                   |                                                               | aiohttp
+apitoken              |                                                               | aiohttp
+probe                 |                                                               |
 outcomesapi           | core                                                          | aiohttp
 client                |                                                               |
 explain               | core flagfile flagread                                        |
@@ -139,7 +141,7 @@ def source_files() -> dict[str, Path]:
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and not name.endswith("_pb2") and "_envoy" not in parts:
+        if name and not name.endswith("_pb2"):
             files[name] = path
     return files
 

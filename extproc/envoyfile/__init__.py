@@ -9,12 +9,13 @@ from extproc.envoyfile.render import render, render_filter, render_runtime
 from extproc.envoyfile.settings import DEFAULT_FORWARDED, EnvoyFileError, EnvoySettings, forwarded_headers
 from extproc.envoyfile.template import template_folder
 from extproc.envoyfile.validate import envoy_binary, envoy_command, validate
-from extproc.envoyfile.write import write
+from extproc.envoyfile.write import await_files, write
 
 __all__ = [
     "DEFAULT_FORWARDED",
     "EnvoyFileError",
     "EnvoySettings",
+    "await_files",
     "envoy_binary",
     "envoy_command",
     "forwarded_headers",

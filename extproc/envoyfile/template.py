@@ -24,11 +24,12 @@ _NAME = re.compile(r"\$\(([a-z_]+)\)")
 
 def template_folder() -> Path:
     """Folder of the templates and the shipped models.yaml: in the installed package, else in the checkout."""
-    here = Path(__file__).resolve().parent.parent
-    for folder in (here / "_envoy", here.parent / "envoy"):
+    # Beside model_servers in both, so that the paths in models.yaml mean the same.
+    beside = Path(__file__).resolve().parents[2]
+    for folder in (beside / "extproc_envoy", beside / "envoy"):
         if (folder / "bootstrap.yaml").is_file():
             return folder
-    raise EnvoyFileError(f"Envoy's templates are missing: neither {here / '_envoy'} nor {here.parent / 'envoy'}")
+    raise EnvoyFileError(f"Envoy's templates are missing: neither extproc_envoy nor envoy is in {beside}")
 
 
 def load_template(name: str) -> Tree:

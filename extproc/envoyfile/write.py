@@ -1,5 +1,6 @@
 """Puts rendered files where a live Envoy watches them: atomically, and never a route before its cluster."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def write(directory: Path, files: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(changed)
     except OSError as problem:
         raise EnvoyFileError(f"cannot write {problem.filename or directory}: {problem.strerror}") from None
+
+
+def await_files(directory: Path, within_s: float) -> None:
+    """Returns once all files are there, for an Envoy that may be started before `control` has written them.
+
+    Raises EnvoyFileError after `within_s` seconds.
+    """
+    end_s = time.monotonic() + within_s
+    while missing := [name for name in WRITE_ORDER if not (directory / name).is_file()]:
+        if time.monotonic() > end_s:
+            raise EnvoyFileError(f"{directory / missing[0]} is not there after {within_s:g} s; is control running?")
+        time.sleep(0.1)
 
 
 def _ordered(files: Mapping[str, str]) -> list[str]:

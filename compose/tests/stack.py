@@ -1,0 +1,350 @@
+"""The system in containers, steered as an operator would: by Docker Compose, files on the host, and its ports.
+
+Docker Compose talks to podman. Health checks are run from here, since podman leaves them to systemd, which a build
+machine may not have.
+"""
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parents[2]
+ARTIFACTS = ROOT / "model_servers" / "artifacts" / "digits"
+DEADLINE_S = 90.0
+SALT = "digits-2026-11"
+TOKEN = "a token for the compose tests"
+CLUSTERS = ("perch", "digits_stable", "digits_canary")
+
+
+def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S) -> Any:
+    """The first true answer of `condition`; fails with `what` after the deadline."""
+    end_s = time.monotonic() + within_s
+    while not (answer := condition()):
+        assert time.monotonic() < end_s, f"waited {within_s:g} s for: {what}"
+        time.sleep(0.1)
+    return answer
+
+
+def flag_file(canary: float) -> str:
+    """The text of a flag file with one flag at a percentage; no two texts are equal."""
+    return json.dumps({"version": 1, "flags": {"digits": {"salt": SALT, "canary": canary}}}) + f"\n# {time.time_ns()}\n"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses, outside the range from which clients' own ports are drawn."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(10_240, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            found.append(port)
+    return found
+
+
+def example() -> bytes:
+    """A V2 request of one digit."""
+    pixels = json.loads((ARTIFACTS / "1" / "manifest.json").read_text())["examples"]["pixels"][0]
+    return json.dumps({"inputs": [{"name": "pixels", "shape": [1, 64], "datatype": "FP32", "data": pixels}]}).encode()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client got; status 0 means that the connection failed."""
+
+    user: str
+    status: int
+    arm: str | None = None
+    version: str | None = None
+    text: str = ""
+
+
+@dataclass
+class Stack:
+    """One project of Docker Compose: its folder on the host, its ports, its engine."""
+
+    engine: dict[str, str]
+    folder: Path
+    project: str = "perch-test"
+    overlay: tuple[str, ...] = ()
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Makes the folders that are mounted: flags, models, a token; readable for the user of the containers."""
+        self.port, self.control_port = free_ports(2)
+        self.folder.chmod(0o755)
+        self.flags.parent.mkdir()
+        self.flags.write_text(flag_file(20))
+        shutil.copytree(ARTIFACTS / "2", self.canary)
+        (self.folder / "token").write_text(f"{TOKEN}\n")
+        self.settings |= {
+            "COMPOSE_PROJECT_NAME": self.project,
+            "PERCH_IMAGE": self.engine["IMAGE"],
+            "PERCH_PORT": str(self.port),
+            "PERCH_CONTROL_PORT": str(self.control_port),
+            "PERCH_FLAGS_DIR": str(self.flags.parent),
+            "PERCH_CANARY_DIR": str(self.canary),
+            "PERCH_TOKEN_FILE": str(self.folder / "token"),
+            "DOCKER_HOST": f"unix://{self.engine['RUN']}/podman.sock",
+        }
+
+    @property
+    def flags(self) -> Path:
+        """The flag file on the host."""
+        return self.folder / "flags" / "flags.yaml"
+
+    @property
+    def canary(self) -> Path:
+        """The canary's artifacts on the host."""
+        return self.folder / "canary-2"
+
+    # --- the engine
+
+    def environ(self) -> dict[str, str]:
+        """The environment of engine and Docker Compose; none of ours leaks into it."""
+        own = {name: text for name, text in os.environ.items() if not name.startswith(("PERCH_", "COMPOSE_"))}
+        return own | self.engine | self.settings
+
+    def run(self, *command: str, check: bool = True, within_s: float = 180) -> str:
+        """What a command prints; the test fails with it if the command does."""
+        done = subprocess.run(
+            command, env=self.environ(), capture_output=True, text=True, timeout=within_s, check=False, cwd=ROOT
+        )
+        assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout if check else done.stdout + done.stderr
+
+    def compose(self, *command: str, check: bool = True) -> str:
+        """Docker Compose on the shipped files."""
+        files = [f"--file=compose/{name}" for name in ("compose.yaml", *self.overlay)]
+        return self.run(self.engine["COMPOSE"], *files, *command, check=check)
+
+    def up(self, *services: str) -> None:
+        """`docker compose up`, until every container is healthy."""
+        with self.health_checks():
+            self.compose("up", "--no-build", "--detach", "--wait", *services)
+
+    @contextlib.contextmanager
+    def health_checks(self) -> Iterator[None]:
+        """While inside, those containers that are not yet healthy are asked each second."""
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.wait(1):
+                listed = ("ps", "--format", "{{.ID}} {{.Status}}", "--filter", self.mine())
+                for line in self.run("podman", *listed, check=False).splitlines():
+                    if "(healthy)" not in line and not stop.is_set():
+                        self.run("podman", "healthcheck", "run", line.split()[0], check=False)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            asking.join()
+
+    def mine(self) -> str:
+        """The filter for containers of this project."""
+        return f"label=com.docker.compose.project={self.project}"
+
+    def containers(self) -> dict[str, dict[str, Any]]:
+        """What the engine knows of each container, by its name without the project: `envoy-1`, `model-canary-2`."""
+        ids = self.run("podman", "ps", "--all", "--quiet", "--filter", self.mine()).split()
+        known = json.loads(self.run("podman", "inspect", *ids)) if ids else []
+        return {one["Name"].removeprefix(f"{self.project}-"): one for one in known}
+
+    def exec(self, container: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command in a container."""
+        whole = ("podman", "exec", f"{self.project}-{container}", *command)
+        return subprocess.run(whole, env=self.environ(), capture_output=True, text=True, timeout=60, check=False)
+
+    def kill(self, container: str) -> int:
+        """Kills the main process, as a crash would: the engine has not been asked for it. Its process id."""
+        pid = int(self.containers()[container]["State"]["Pid"])
+        assert pid > 0, container
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def until_again(self, container: str, before: int) -> None:
+        """Waits until the engine has started it again, with another process."""
+
+        def runs() -> bool:
+            state = self.containers()[container]["State"]
+            return state["Status"] == "running" and state["Pid"] not in (0, before)
+
+        until(runs, f"{container} started again")
+
+    def report(self) -> str:
+        """The last lines of every container."""
+        names = self.containers()
+        return "\n".join(
+            f"--- {name} {known['State']['Status']}\n"
+            + self.run("podman", "logs", "--tail", "30", f"{self.project}-{name}", check=False)
+            for name, known in names.items()
+        )
+
+    # --- through the ports
+
+    def infer(self, user: str, connection: http.client.HTTPConnection | None = None) -> Answer:
+        """One inference by one user."""
+        own = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        headers = {"x-user-id": user, "content-type": "application/json"}
+        try:
+            own.request("POST", "/v2/models/digits/infer", body=EXAMPLE, headers=headers)
+            answer = own.getresponse()
+            text = answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            own.close()
+            return Answer(user, 0, text=repr(error))
+        finally:
+            if connection is None:
+                own.close()
+        arm, version = answer.getheader("x-model-cohort"), answer.getheader("x-model-version")
+        return Answer(user, answer.status, arm, version, "" if answer.status == 200 else text)
+
+    def arms(self, users: Iterable[str]) -> dict[str, str | None]:
+        """Who serves each user; every answer must be a 200."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        answers = [self.infer(user, connection) for user in users]
+        connection.close()
+        assert [one for one in answers if one.status != 200] == []
+        return {one.user: one.arm for one in answers}
+
+    def get(self, path: str, **request: Any) -> tuple[int, str]:
+        """Status and body of the control API; status 0 while nobody answers."""
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.control_port}{path}", **request)
+        try:
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as answer:
+            with answer:
+                return answer.code, answer.read().decode()
+        except OSError:
+            return 0, ""
+
+    def status(self) -> dict[str, Any]:
+        """`GET /v1/status`; empty while control does not answer."""
+        code, body = self.get("/v1/status")
+        return json.loads(body) if code == 200 else {}
+
+    def counters(self, pattern: str) -> Counter[str]:
+        """Envoy's counters and gauges, through control; empty while one of both does not answer."""
+        code, body = self.get(f"/envoy/stats?format=json&filter={quote(pattern)}")
+        stats = json.loads(body)["stats"] if code == 200 else []
+        return Counter({one["name"]: one["value"] for one in stats if isinstance(one.get("value"), int)})
+
+    def until_settled(self) -> None:
+        """Waits until Envoy finds two servers of everything healthy and no flag is held.
+
+        Envoy's opinion may be from before a disturbance: every server must have passed two checks since now, and none
+        have failed one.
+        """
+        since = self.checks()
+
+        def settled() -> bool:
+            nonlocal since
+            now = self.checks()
+            if not all(now[f"{name}.membership_{kind}"] == 2 for name in CLUSTERS for kind in ("healthy", "total")):
+                return False
+            if any(now[f"{name}.health_check.failure"] != since[f"{name}.health_check.failure"] for name in CLUSTERS):
+                since = now
+            passed = (now[f"{name}.health_check.success"] - since[f"{name}.health_check.success"] for name in CLUSTERS)
+            status = self.status()
+            held = any(flag["held"] for flag in status.get("flags", {}).values())
+            return all(count >= 4 for count in passed) and bool(status.get("ready")) and not held
+
+        until(settled, "every server healthy and no flag held")
+
+    def checks(self) -> Counter[str]:
+        """Envoy's health checks and their result, by `CLUSTER.health_check.success` and the like."""
+        found = self.counters(r"^cluster\..*\.(membership_(healthy|total)|health_check\.(success|failure))$")
+        return Counter({name.removeprefix("cluster."): count for name, count in found.items()})
+
+    def set_canary(self, percent: float, *, in_place: bool = False) -> None:
+        """Edits the flag file on the host, by a rename as editors do or in place, and waits until it is served."""
+        new = flag_file(percent)
+        if in_place:
+            self.flags.write_text(new)
+        else:
+            beside = self.flags.with_name("flags.yaml.new")
+            beside.write_text(new)
+            beside.replace(self.flags)
+        until(lambda: self.effective() == percent, f"{percent} % for users")
+
+    def effective(self) -> float | None:
+        """The share that is in effect, as control says."""
+        return self.status().get("flags", {}).get("digits", {}).get("effective_percent")
+
+
+EXAMPLE = example()
+
+
+class Clients:
+    """Users who ask again and again while the body runs, some at the same time, each group on a connection of its own.
+
+    `between` keeps them from asking, so that no request is under way: what a killed process was just answering is lost,
+    as with every server.
+    """
+
+    def __init__(self, stack: Stack, users: Sequence[str], at_once: int = 4) -> None:
+        self.answers: list[Answer] = []
+        self._stack = stack
+        self._stop = threading.Event()
+        self._turns = [threading.Lock() for _ in range(at_once)]
+        groups = [(turn, users[n::at_once]) for n, turn in enumerate(self._turns)]
+        self._threads = [threading.Thread(target=self._ask, args=group) for group in groups]
+
+    def __enter__(self) -> Self:
+        """Begins to ask, and returns when every group has had its first answers."""
+        for thread in self._threads:
+            thread.start()
+        self.until_more()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends after the answers that are under way."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, turn: threading.Lock, users: Sequence[str]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._stack.port, timeout=30)
+        for user in itertools.cycle(users):
+            with turn:
+                self.answers.append(self._stack.infer(user, connection))
+            if self._stop.wait(0.01):
+                break
+        connection.close()
+
+    @contextlib.contextmanager
+    def between(self) -> Iterator[None]:
+        """Nobody has a request under way inside."""
+        with contextlib.ExitStack() as held:
+            for turn in self._turns:
+                held.enter_context(turn)
+            yield
+
+    def until_more(self) -> None:
+        """Waits for answers after now."""
+        enough = len(self.answers) + 40
+        until(lambda: len(self.answers) > enough, "more answers")
+
+    def failed(self) -> list[Answer]:
+        """What was no 200."""
+        return [one for one in self.answers if one.status != 200]

@@ -1,0 +1,143 @@
+"""The system in containers through its published ports: who gets which version, whatever goes."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from extproc.core.bucketing import bucket_of, hash_prefix, hash_unit
+
+SALT = "digits-2026-11"
+USERS = [f"user-{n}" for n in range(300)]
+
+
+@pytest.fixture(autouse=True)
+def settled(stack):
+    """Every test begins with everything healthy and 20 % of the users on canary."""
+    stack.until_settled()
+    if stack.effective() != 20:
+        stack.set_canary(20)
+    return stack
+
+
+def wanted(user: str, percent: float) -> str:
+    """The arm that the documented hash gives."""
+    return "canary" if bucket_of(hash_unit(hash_prefix(SALT), user.encode())) < percent * 1000 else "stable"
+
+
+def test_every_user_gets_the_arm_that_the_hash_gives_and_keeps_it(stack):
+    expected = {user: wanted(user, 20) for user in USERS}
+    assert stack.arms(USERS) == expected
+    assert stack.arms(reversed(USERS)) == expected
+    assert 0.1 < list(expected.values()).count("canary") / len(USERS) < 0.3
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by a rename"])
+def test_an_edit_of_the_flag_file_on_the_host_moves_users(stack, in_place):
+    stack.set_canary(60, in_place=in_place)
+    # Both ext_procs follow the file on their own, a moment after control may have.
+    moved = {user: wanted(user, 60) for user in USERS}
+    until_so(stack, moved)
+    assert stack.arms(USERS) == moved
+    stack.set_canary(20, in_place=in_place)
+    until_so(stack, {user: wanted(user, 20) for user in USERS})
+
+
+def until_so(stack, arms):
+    deadline_s = time.monotonic() + 30
+    while (found := stack.arms(USERS)) != arms:
+        assert time.monotonic() < deadline_s, {user for user in USERS if found[user] != arms[user]}
+
+
+CONTAINERS = [
+    "control-1",
+    "extproc-1-1",
+    "extproc-2-1",
+    "model-canary-1",
+    "model-canary-2",
+    "model-stable-1",
+    "model-stable-2",
+]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_killed_container_costs_no_client_an_error_and_no_user_the_arm(stack, stack_module, container):
+    with stack_module.Clients(stack, USERS[:20]) as clients:
+        with clients.between():
+            before = stack.kill(container)
+        stack.until_again(container, before)
+        stack.until_settled()
+        clients.until_more()
+    assert clients.failed() == []
+    moved = {(one.user, one.arm) for one in clients.answers if one.arm != wanted(one.user, 20)}
+    assert moved == set()
+
+
+def test_envoy_is_back_by_itself_after_a_crash(stack, stack_module):
+    before = stack.kill("envoy-1")
+    stack.until_again("envoy-1", before)
+    stack.until_settled()
+    until_so(stack, {user: wanted(user, 20) for user in USERS})
+
+
+def test_the_canary_is_rolled_to_a_new_version_without_an_error(stack, stack_module):
+    third = with_version(stack.folder / "canary-3", "3-mlp")
+    stable = {name: known["Id"] for name, known in stack.containers().items() if "canary" not in name}
+    user = next(user for user in USERS if wanted(user, 20) == "canary")
+    assert stack.infer(user).version == "2-mlp"
+    with stack_module.Clients(stack, USERS[:20]) as clients:
+        stack.settings["PERCH_CANARY_DIR"] = str(third)
+        stack.up("model-canary")
+        stack.until_settled()
+        assert stack.infer(user).version == "3-mlp"
+        clients.until_more()
+    assert clients.failed() == []
+    others = {name: known["Id"] for name, known in stack.containers().items() if "canary" not in name}
+    assert others == stable
+    assert stack.arms(USERS) == {user: wanted(user, 20) for user in USERS}
+
+
+def with_version(folder: Path, version: str) -> Path:
+    """The canary's artifacts under another version."""
+    shutil.copytree(Path(__file__).parents[2] / "model_servers" / "artifacts" / "digits" / "2", folder)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"version": "2-mlp"', f'"version": "{version}"'))
+    assert json.loads(manifest.read_text())["version"] == version
+    return folder
+
+
+def test_after_sigterm_everything_ends_cleanly_and_a_restart_serves_what_was_served(stack, stack_module):
+    stack.set_canary(40)
+    before = stack.status()["flags"]["digits"]["version"]
+    stack.compose("stop")
+    # 137 would be the SIGKILL that follows ten seconds later.
+    assert {name: known["State"]["ExitCode"] for name, known in stack.containers().items()} == dict.fromkeys(
+        stack.containers(), 0
+    )
+    good = stack.flags.read_text()
+    stack.flags.write_text("version: 1\nflags: {digits: {canary: 4000}}\n")
+    stack.up()
+    stack.until_settled()
+    status = stack.status()
+    assert status["flag_file"]["problems"] != []
+    assert stack.effective() == 40
+    file, _, seq = status["flags"]["digits"]["version"].partition(".")
+    assert file == before.partition(".")[0]
+    assert int(seq) > int(before.partition(".")[2])
+    until_so(stack, {user: wanted(user, 40) for user in USERS})
+    stack.flags.write_text(good)
+    stack_module.until(lambda: not stack.status()["flag_file"]["problems"], "the good file again")
+
+
+def test_the_canary_gets_nobody_before_it_is_warm(stack, stack_module):
+    stack.compose("stop")
+    with stack.health_checks():
+        stack.compose("up", "--no-build", "--detach", "envoy")  # and what it depends on; the canary is not among it
+        stack_module.until(lambda: stack.status().get("flags", {}).get("digits", {}).get("held"), "the flag held")
+        assert set(stack.arms(USERS).values()) == {"stable"}
+        assert stack.get("/readyz")[0] == 503
+    stack.up()
+    stack.until_settled()
+    until_so(stack, {user: wanted(user, 20) for user in USERS})
