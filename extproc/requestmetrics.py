@@ -1,11 +1,19 @@
 """`perch.request.*`: what the telemetry knows, as StatsD lines each second and as Prometheus text when asked.
 
-Both come from the same samples. Series are bounded: flags and cohorts are the flag file's, model versions and
-predictions are limited to the first so many, the rest is `other`.
+Both come from the same samples. Series are bounded whatever the traffic holds: the windows tell apart so many series,
+and what has a series of its own here is settled the first time it is seen, up to a limit; the rest is counted as
+`(other)`, or not shown and counted in `request.dropped`. So a counter never shrinks. Two texts that are shown alike are
+one series. StatsD hears each second of the cohorts that had traffic in the last minute, and of nothing else; of so many
+that not all fit into LINES, each gets its turn, and a counter is told later with what has come meanwhile.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from heapq import nlargest
+from itertools import accumulate
+from math import fsum, isfinite
 from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -19,26 +27,77 @@ from extproc.core.latency import bin_of, edge_of, value_of
 from extproc.core.outcomes import Arm
 from extproc.core.predictions import OTHER
 from extproc.core.reconcile import Difference
-from extproc.core.windows import SeriesKey, Tally, Window
+from extproc.core.windows import NONE, RECENT_S, SeriesKey, Tally, Window
 from extproc.metricnames import BY_NAME, Kind, Metric
 from extproc.metrics import Metrics
 from extproc.telemetry import Telemetry
 
 MAX_PREDICTIONS = 19
-"""Predictions of a cohort with a series of their own; with `other` 20."""
-MAX_KPIS = 64
+"""Predictions of a cohort with a series of their own; with `(other)` 20."""
+MAX_LABELLED = 4_000
+"""Predictions of all cohorts with a series of their own."""
+MAX_KPIS = 1_000
+"""Series of reported values: flag, cohort and name."""
+MAX_HISTOGRAMS = 250
+"""Series with histograms of their own, 32 lines each; the durations of the rest are in one more."""
+MAX_VALUE = 64
+"""Characters of a tag that anybody may make up: a model version, a prediction."""
+LINES = 750
+"""Lines to StatsD in one second from which on further cohorts wait for the next; one cohort has some 160 at most.
+
+With those of two seconds, and the timers, what `Metrics` takes between two flushes is not exceeded."""
+TIMED = 60
+"""Series whose durations are sent in one second, two timers each: the busiest."""
 TIMINGS = 64
-"""Durations sent per series and second: quantiles of that second, with the sample rate that they stand for."""
-BUCKETS_MS = tuple(edge_of(bin_of(ms)) for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 15_000))
-_WHOLE = ("aborted", "fell_back", "failed_open", "mismatched")
+"""Durations sent per timer and second: quantiles of that second, with the sample rate that they stand for."""
+DRIFTS_A_SECOND = 20
+"""Drifts computed in one second: some milliseconds each. With more flags each gets its turn."""
+REPEAT_S = 10
+"""Gauges that have not changed are told again this often: some collectors forget those that are silent."""
+BUCKETS = tuple(bin_of(ms) for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 5_000, 15_000))
+"""The histograms' buckets, each up to the edge of one of the telemetry's bins, so that their counts are exact."""
+
+_LE = (*(f"{edge_of(place) / 1000:.6g}" for place in BUCKETS), "+Inf")
+_WHOLE = ("fell_back", "failed_open", "mismatched", "aborted")
+_THE_REST = SeriesKey(OTHER, OTHER, OTHER)
+
+Cohort = tuple[str, str]
+"""A flag and a cohort."""
+Series = tuple[str, tuple[str, ...]]
+"""A metric's name and the values of its tags."""
 
 
 class Sample(NamedTuple):
-    """One series now: the total so far of a counter, the value of a gauge."""
+    """One series now: the total so far of a counter, the value of a gauge. Durations are in milliseconds."""
 
     name: str
     tags: tuple[str, ...]
     value: float
+
+
+@lru_cache(16_384)
+def tag_of(text: str) -> str:
+    """A text that anybody may have made up, as the value of a tag: one line of MAX_VALUE characters, and not empty."""
+    shown = (
+        text
+        if text.isprintable()
+        else "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
+    )
+    return shown[:MAX_VALUE] or NONE
+
+
+@dataclass(slots=True)
+class Places:
+    """Who has a series of its own: the first `most` that ask, for good."""
+
+    most: int
+    _taken: set[Hashable] = field(default_factory=set)
+
+    def has(self, key: Hashable) -> bool:
+        """Whether this one has, or gets, a place."""
+        if key not in self._taken and len(self._taken) < self.most:
+            self._taken.add(key)
+        return key in self._taken
 
 
 @dataclass(slots=True)
@@ -48,100 +107,183 @@ class RequestMetrics:
     telemetry: Telemetry
     log: LogCounts
     differences: Callable[[], Mapping[str, Difference]]
-    _predictions: dict[tuple[str, str], dict[str, None]] = field(default_factory=dict)
-    _sent: dict[tuple[str, tuple[str, ...]], float] = field(default_factory=dict)
+    _labels: dict[Cohort, Places] = field(default_factory=dict)
+    _labelled: Places = field(default_factory=lambda: Places(MAX_LABELLED))
+    _kpi_places: Places = field(default_factory=lambda: Places(MAX_KPIS))
+    _histograms: Places = field(default_factory=lambda: Places(MAX_HISTOGRAMS))
+    _counted: dict[Series, float] = field(default_factory=dict)
+    _gauged: dict[Series, tuple[float, int]] = field(default_factory=dict)
+    _cohorts: dict[Cohort, list[tuple[SeriesKey, Window]]] = field(default_factory=dict)
+    _indexed: int = 0
+    _recent: dict[Cohort, int] = field(default_factory=dict)
+    _waiting: dict[Cohort, None] = field(default_factory=dict)
+    _untimed: int = 0
     _drift: dict[str, Drift | None] = field(default_factory=dict)
+    _drift_due: dict[str, None] = field(default_factory=dict)
+    _kpis: dict[Cohort, list[Sample]] = field(default_factory=dict)
+    _kpis_of: int = 0
+    _kpis_unshown: int = 0
 
     def second(self, second: int, metrics: Metrics) -> None:
         """Ends a second: everything that happened in it goes to StatsD."""
         shown, _ = self.telemetry.windows.roll(second)
-        for flag in {key.flag for key in shown}:
+        self._recent.update({(key.flag, key.cohort): second for key in shown})
+        self._recent = {cohort: last for cohort, last in self._recent.items() if second - last <= RECENT_S}
+        self._find_drift({key.flag for key in shown})
+        self._settle()
+        self._tell(second, metrics)
+        self._time(shown, metrics)
+
+    def _find_drift(self, flags: Iterable[str]) -> None:
+        """Drifts that may have changed, those first that wait longest; forgets flags that are served no more."""
+        served = self.telemetry.model_of()
+        self._drift_due.update(dict.fromkeys(flags))
+        for flag in list(self._drift_due)[:DRIFTS_A_SECOND]:
+            del self._drift_due[flag]
             self._drift[flag] = newest_drift(self.telemetry.windows, flag)
-        for key, tally in shown.items():
-            _time(metrics, "request.latency_ms", key, tally.latency)
-            _time(metrics, "request.upstream_ms", key, tally.upstream)
-        for name, tags, value in self.samples():
-            metric = BY_NAME[name]
-            named = dict(zip(metric.tags, tags, strict=True))
-            if metric.kind is Kind.GAUGE:
-                metrics.gauge(name, value, **named)
-            elif grown := value - self._sent.get((name, tags), 0):
-                self._sent[name, tags] = value
-                # A counter that shrank is one that began again, as after a new step: all of it is new.
-                metrics.count(name, int(grown if grown > 0 else value), **named)
+        self._drift = {flag: drift for flag, drift in self._drift.items() if flag in served}
+
+    def _settle(self) -> None:
+        """Which series belong to which cohort; and the sums of reported values, when something was joined."""
+        shown = self.telemetry.windows.shown
+        if len(shown) != self._indexed:
+            self._indexed, self._cohorts = len(shown), {}
+            for key, window in shown.items():
+                self._cohorts.setdefault((key.flag, key.cohort), []).append((_shown(key), window))
+        joined = self.telemetry.kpis.counts.joined
+        if joined != self._kpis_of:
+            self._kpis_of = joined
+            self._sum_kpis()
+
+    def _sum_kpis(self) -> None:
+        self._kpis, self._kpis_unshown = {}, 0
+        for (flag, name), arm, n, mean in kpi_means(self.telemetry):
+            if self._kpi_places.has((flag, arm, name)):
+                samples = self._kpis.setdefault((flag, arm), [])
+                samples += (
+                    Sample("request.kpi_count", (flag, arm, name), n),
+                    Sample("request.kpi_mean", (flag, arm, name), mean),
+                )
+            else:
+                self._kpis_unshown += 1
+        self._waiting.update(dict.fromkeys(self._kpis))
+
+    def _tell(self, second: int, metrics: Metrics) -> None:
+        lines = sum(self._told(sample, second, metrics) for sample in _once(self._of_all()))
+        self._waiting.update(dict.fromkeys(self._recent))
+        while self._waiting and lines < LINES:
+            cohort = next(iter(self._waiting))
+            del self._waiting[cohort]
+            lines += sum(self._told(sample, second, metrics) for sample in _once(self._of_cohort(cohort)))
+
+    def _told(self, sample: Sample, second: int, metrics: Metrics) -> bool:
+        """Whether there was anything to tell."""
+        name, tags, value = sample
+        metric, key = BY_NAME[name], (name, tags)
+        if metric.kind is Kind.GAUGE:
+            before, told = self._gauged.get(key, (None, 0))
+            if before == value and second - told < REPEAT_S:
+                return False
+            self._gauged[key] = (value, second)
+            metrics.gauge(name, value, **dict(zip(metric.tags, tags, strict=True)))
+            return True
+        grown = value - self._counted.get(key, 0)
+        if grown > 0:
+            self._counted[key] = value
+            metrics.count(name, int(grown), **dict(zip(metric.tags, tags, strict=True)))
+        return grown > 0
+
+    def _time(self, shown: Mapping[SeriesKey, Tally], metrics: Metrics) -> None:
+        busiest = nlargest(TIMED, shown.items(), key=lambda item: item[1].served)
+        self._untimed += len(shown) - len(busiest)
+        for key, tally in busiest:
+            _send_durations(metrics, "request.latency_ms", key, tally.latency)
+            _send_durations(metrics, "request.upstream_ms", key, tally.upstream)
 
     def samples(self) -> Iterator[Sample]:
-        """Every counter and gauge as it stands."""
+        """Every counter and gauge as it stands, each series once."""
         self.telemetry.windows.settle()
-        for key, window in self.telemetry.windows.shown.items():
-            yield from _of_series(key, window)
-        for flag in sorted({key.flag for key in self.telemetry.windows.shown} & set(self.telemetry.model_of())):
-            yield from self._of_flag(flag)
-        yield from self._of_kpis()
-        for flag, found in self.differences().items():
-            yield Sample("request.lost", (flag,), found.lost)
-            yield Sample("request.surplus", (flag,), found.surplus)
+        self._settle()
+        yield from _once(self._of_all())
+        for cohort in {**self._cohorts, **self._kpis}:
+            yield from _once(self._of_cohort(cohort))
+
+    def _of_all(self) -> Iterator[Sample]:
+        """What belongs to no cohort."""
         yield Sample("request.log_entries", (), self.log.entries)
         yield Sample("request.log_unreadable", (), self.log.unreadable + self.log.unreadable_messages)
         yield Sample("request.log_streams", (), self.log.open)
-        for what, n in sorted(self._dropped().items()):
-            yield Sample("request.dropped", (what,), n)
-
-    def _of_flag(self, flag: str) -> Iterator[Sample]:
-        windows = self.telemetry.windows
-        yield from self._of_drift(flag)
-        for arm in Arm:
-            minute = Tally()
-            for key, window in windows.shown.items():
-                if key.flag == flag and key.cohort == arm:
-                    minute.merge(window.last_minute())
-            for name, ms in percentiles(minute).items():
-                if ms is not None:
-                    yield Sample(f"request.latency_{name}", (flag, arm), ms)
-            for prediction, n in self._of_labels(flag, arm).items():
-                yield Sample("request.predictions", (flag, arm, prediction), n)
-
-    def _of_drift(self, flag: str) -> Iterator[Sample]:
-        drift = self._drift.get(flag)
-        if drift is None:
-            return
-        for measure in ("js", "wasserstein_sd", "psi", "ks"):
-            value = getattr(drift, measure)
-            if value is not None:
-                yield Sample("request.drift", (flag, measure), value)
-        yield Sample("request.drift_n", (flag, Arm.STABLE), drift.n_stable)
-        yield Sample("request.drift_n", (flag, Arm.CANARY), drift.n_canary)
-
-    def _of_labels(self, flag: str, arm: str) -> dict[str, int]:
-        """The predictions of a cohort. Which ones have a series of their own is settled once, so that none shrinks."""
-        labels = self.telemetry.windows.labels(flag, arm)
-        named = self._predictions.setdefault((flag, arm), {})
-        if len(named) < MAX_PREDICTIONS:
-            for label in sorted(labels, key=lambda one: (-labels[one], one)):
-                if label not in named and len(named) < MAX_PREDICTIONS:
-                    named[label] = None
-        found = {label: labels[label] for label in named if label in labels}
-        rest = sum(labels.values()) - sum(found.values())
-        return {**found, OTHER: rest} if rest else found
-
-    def _of_kpis(self) -> Iterator[Sample]:
-        for (flag, name), arm, n, mean in kpi_means(self.telemetry):
-            yield Sample("request.kpi_count", (flag, arm, name), n)
-            yield Sample("request.kpi_mean", (flag, arm, name), mean)
         counts = self.telemetry.kpis.counts
         for result in ("joined", "unknown", "late", "duplicates", "refused"):
             yield Sample("request.outcomes", (result,), getattr(counts, result))
+        given_up = {
+            **self.telemetry.windows.dropped,
+            "kpi_requests": counts.pushed_out,
+            "kpi_groups": counts.unkept,
+            "kpi_keys": counts.keys_forgotten,
+            "kpi_series": self._kpis_unshown,
+            "timers": self._untimed,
+        }
+        for what, n in given_up.items():
+            if n:
+                yield Sample("request.dropped", (what,), n)
+        for flag, found in self.differences().items():
+            yield Sample("request.lost", (flag,), found.lost)
+            yield Sample("request.surplus", (flag,), found.surplus)
 
-    def _dropped(self) -> dict[str, int]:
-        counts = self.telemetry.kpis.counts
-        forgotten = {"kpi_requests": counts.pushed_out, "kpi_groups": counts.unkept, "kpi_keys": counts.keys_forgotten}
-        return {**self.telemetry.windows.dropped, **{what: n for what, n in forgotten.items() if n}}
+    def _of_cohort(self, cohort: Cohort) -> Iterator[Sample]:
+        series = self._cohorts.get(cohort, [])
+        for key, window in series:
+            yield from _of_series(key, window)
+        yield from _of_minute(cohort, [window for _, window in series])
+        yield from self._of_labels(cohort)
+        yield from self._kpis.get(cohort, ())
+        yield from self._of_drift(*cohort)
+
+    def _of_drift(self, flag: str, cohort: str) -> Iterator[Sample]:
+        """Told with the arms that it compares: how many predictions with each, the distances with canary."""
+        drift = self._drift.get(flag)
+        if drift is not None and cohort == Arm.STABLE:
+            yield Sample("request.drift_n", (flag, cohort), drift.n_stable)
+        elif drift is not None and cohort == Arm.CANARY:
+            yield Sample("request.drift_n", (flag, cohort), drift.n_canary)
+            for measure in ("js", "wasserstein_sd", "psi", "ks"):
+                value = getattr(drift, measure)
+                if value is not None:
+                    yield Sample("request.drift", (flag, measure), value)
+
+    def _of_labels(self, cohort: Cohort) -> Iterator[Sample]:
+        """The predictions of a cohort: which of them have a series of their own is settled as they come."""
+        labels = self.telemetry.windows.labels(*cohort)
+        places = self._labels.setdefault(cohort, Places(MAX_PREDICTIONS))
+        for label in sorted(labels, key=lambda one: (-labels[one], one)):
+            shown = tag_of(label)
+            if label == OTHER or not (places.has(shown) and self._labelled.has((*cohort, shown))):
+                shown = OTHER
+            yield Sample("request.predictions", (*cohort, shown), labels[label])
 
     def prometheus(self) -> bytes:
         """The text that `GET /metrics` answers with, in Prometheus' own format (0.0.4)."""
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Once(self))
         return generate_latest(registry)
+
+    def histograms(self, name: str) -> Iterator[tuple[SeriesKey, list[int], float]]:
+        """(series, number of each bucket without those below it, sum in milliseconds) of `latency` or `upstream`."""
+        places: dict[SeriesKey, dict[int, int]] = {}
+        for key, window in self.telemetry.windows.shown.items():
+            shown = _shown(key)
+            counts = places.setdefault(shown if self._histograms.has(shown) else _THE_REST, {})
+            for tally in (window.before, window.now):
+                for place, n in getattr(tally, name).items():
+                    counts[place] = counts.get(place, 0) + n
+        for shown, counts in places.items():
+            numbers = [0] * len(_LE)
+            for place, n in counts.items():
+                if place >= 0:
+                    numbers[bisect_left(BUCKETS, place)] += n
+            # Summed exactly: rounding must not make a sum smaller than it was.
+            yield shown, numbers, fsum(value_of(place) * n for place, n in counts.items() if place >= 0)
 
 
 class _Once(Collector):
@@ -159,23 +301,23 @@ class _Once(Collector):
             metric = BY_NAME[name]
             family = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
             made = family(metric.prometheus.removesuffix("_total"), metric.about, labels=metric.tags)
+            unit = 1000 if name.endswith("_ms") else 1
             for sample in samples:
-                made.add_metric(sample.tags, sample.value)
+                made.add_metric(sample.tags, sample.value / unit)
             yield made
         for name in ("latency", "upstream"):
             yield self._histogram(BY_NAME[f"request.{name}_ms"], name)
 
     def _histogram(self, metric: Metric, name: str) -> HistogramMetricFamily:
         made = HistogramMetricFamily(metric.prometheus, metric.about, labels=metric.tags)
-        for key, window in self.metrics.telemetry.windows.shown.items():
-            counts: Mapping[int, int] = getattr(window.total(), name)
-            total_ms = sum(value_of(place) * n for place, n in counts.items())
-            buckets = [
-                (f"{ms / 1000:.6g}", float(sum(n for place, n in counts.items() if edge_of(place) <= ms)))
-                for ms in BUCKETS_MS
-            ]
-            made.add_metric(key, [*buckets, ("+Inf", float(sum(counts.values())))], sum_value=total_ms / 1000)
+        for key, numbers, sum_ms in self.metrics.histograms(name):
+            buckets = list(zip(_LE, map(float, accumulate(numbers)), strict=True))
+            made.add_metric(key, buckets, sum_value=sum_ms / 1000)
         return made
+
+
+def _shown(key: SeriesKey) -> SeriesKey:
+    return SeriesKey(key.flag, key.cohort, tag_of(key.model_version))
 
 
 def _of_series(key: SeriesKey, window: Window) -> Iterator[Sample]:
@@ -188,20 +330,31 @@ def _of_series(key: SeriesKey, window: Window) -> Iterator[Sample]:
             yield Sample(f"request.{name}", key, n)
 
 
-def _time(metrics: Metrics, name: str, key: SeriesKey, counts: Mapping[int, int]) -> None:
+def _of_minute(cohort: Cohort, windows: Iterable[Window]) -> Iterator[Sample]:
+    minute = Tally()
+    for window in windows:
+        minute.merge(window.last_minute())
+    for name, ms in percentiles(minute).items():
+        if ms is not None:
+            yield Sample(f"request.latency_{name}", cohort, ms)
+
+
+def _once(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Each series once: what is shown alike belongs together. What is no number is left out."""
+    merged: dict[Series, float] = {}
+    for name, tags, value in samples:
+        if isfinite(value):
+            merged[name, tags] = merged.get((name, tags), 0) + value
+    for (name, tags), value in merged.items():
+        yield Sample(name, tags, value)
+
+
+def _send_durations(metrics: Metrics, name: str, key: SeriesKey, counts: Mapping[int, int]) -> None:
     """Sends a second's durations: all of them if they are few, else TIMINGS quantiles that stand for them."""
-    total = sum(counts.values())
-    if not total:
-        return
-    tags = dict(zip(BY_NAME[name].tags, key, strict=True))
-    ordered = iter(sorted(counts.items()))
-    place, upto = next(ordered)
+    ordered = sorted(item for item in counts.items() if item[0] >= 0)
+    total = sum(n for _, n in ordered)
     few = min(total, TIMINGS)
-    values = []
-    for i in range(few):
-        rank = (2 * i + 1) * total // (2 * few)
-        while rank >= upto:
-            place, n = next(ordered)
-            upto += n
-        values.append(value_of(place))
-    metrics.timings(name, values, total, **tags)
+    upto = list(accumulate(n for _, n in ordered))
+    ranks = ((2 * i + 1) * total // (2 * few) for i in range(few))
+    values = [value_of(ordered[bisect_left(upto, rank + 1)][0]) for rank in ranks]
+    metrics.timings(name, values, total, **dict(zip(BY_NAME[name].tags, _shown(key), strict=True)))
