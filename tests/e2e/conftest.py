@@ -31,7 +31,7 @@ def sibling(name: str) -> ModuleType:
     return module
 
 
-systems, clients = sibling("system"), sibling("client")
+systems, clients, witnesses = sibling("system"), sibling("client"), sibling("witness")
 LIVE: list[Any] = []
 """What runs now, for the report of a test that fails."""
 
@@ -108,7 +108,7 @@ def tools() -> SimpleNamespace:
     """What tests of this folder share, since modules of tests are not to be imported."""
     shared = (running, folder, standing_in, stood_in, flag_file, digits)
     others = (clients.client_of, clients.inference, systems.until)
-    return SimpleNamespace(**{one.__name__: one for one in (*shared, *others)}, salt=SALT)
+    return SimpleNamespace(**{one.__name__: one for one in (*shared, *others)}, salt=SALT, witness=witnesses)
 
 
 @pytest.hookimpl(wrapper=True)
