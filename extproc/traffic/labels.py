@@ -41,6 +41,7 @@ class Labels:
     problem: str = ""
     _waiting: deque[tuple[float, bytes]] = field(default_factory=deque)
     _hopeless: bool = False
+    _closed: bool = False
 
     def add(self, request_id: str, now_s: float, *, correct: bool) -> None:
         """The truth about one request, kept until it is due."""
@@ -51,25 +52,20 @@ class Labels:
         self._waiting.append((now_s + self.delay_s, json.dumps(label).encode()))
 
     async def run(self) -> None:
-        """Sends what is due, for ever."""
-        while True:
-            await self.send_due()
-            await asyncio.sleep(EVERY_S)
-
-    async def finish(self) -> None:
-        """Waits for the last label and sends it; gives up when control stays away."""
+        """Sends what is due, until it is closed and nothing waits, or control stays away."""
         loop = asyncio.get_running_loop()
         alive_s = loop.time()
-        while self._waiting:
-            due_s, _ = self._waiting[0]
-            if due_s > loop.time():
-                alive_s = due_s
-            elif await self.send_due():
+        while self._waiting or not self._closed:
+            if await self.send_due():
                 alive_s = loop.time()
-            elif loop.time() - alive_s > PATIENCE_S:
+            elif self._closed and loop.time() - alive_s > PATIENCE_S:
                 break
             await asyncio.sleep(EVERY_S)
         self.give_up()
+
+    def close(self) -> None:
+        """No more labels will come."""
+        self._closed = True
 
     def give_up(self) -> None:
         """What still waits will not be sent."""

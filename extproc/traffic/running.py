@@ -13,7 +13,7 @@ import aiohttp
 from extproc.traffic.arrivals import Arrival, Crowd, arrivals
 from extproc.traffic.digits import Digit
 from extproc.traffic.labels import Labels
-from extproc.traffic.sending import TIMEOUT_S, Sender, TrafficError, check_reachable
+from extproc.traffic.sending import GRACE_S, TIMEOUT_S, Sender, TrafficError, check_reachable
 from extproc.traffic.tally import Tally
 
 Show = Callable[[float, Tally, str], None]
@@ -61,13 +61,12 @@ async def run(plan: Plan, stop: asyncio.Event, show: Show) -> dict[str, Any]:
         await _check(plan, session, control)
         labels = Labels(control, plan.control, plan.label_delay_s, plan.token) if plan.control else None
         sender = Sender(session, plan.url, plan.digits, plan.connections, labels)
-        start_s = asyncio.get_running_loop().time()
-        async with _shown(sender.tally, show):
-            await _send(sender, labels, plan, stop)
-        seconds = asyncio.get_running_loop().time() - start_s
-        if labels is not None:
+        async with _labelled(labels, stop):
+            start_s = asyncio.get_running_loop().time()
+            async with _shown(sender.tally, show):
+                await sender.send(plan.arrivals(), stop)
+            seconds = asyncio.get_running_loop().time() - start_s
             show(plan.expected_s, sender.tally, "waiting for the last labels")
-            await _finish(labels, stop)
     document = {"seconds": round(seconds, 3), **sender.tally.plain()}
     return document if labels is None else {**document, "labels": labels.plain()}
 
@@ -85,27 +84,28 @@ async def _check(plan: Plan, session: aiohttp.ClientSession, control: aiohttp.Cl
         raise TrafficError(f"{error}; --control says where, --no-labels does without") from None
 
 
-async def _send(sender: Sender, labels: Labels | None, plan: Plan, stop: asyncio.Event) -> None:
-    """The requests, and beside them the labels that are due meanwhile."""
-    labelling = asyncio.create_task(labels.run()) if labels is not None else None
+@asynccontextmanager
+async def _labelled(labels: Labels | None, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Sends labels beside the body, and those that are due later after it; once it is stopped, no more."""
+    if labels is None:
+        yield
+        return
+    labelling = asyncio.create_task(labels.run())
+    stopped = asyncio.create_task(stop.wait())
     try:
-        await sender.send(plan.arrivals(), stop)
+        yield
+        labels.close()
+        await asyncio.wait((labelling, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not labelling.done():
+            labels.give_up()
+            await asyncio.wait([labelling], timeout=GRACE_S)
     finally:
-        if labelling is not None:
-            labelling.cancel()
-            await asyncio.wait([labelling])
-    if labelling is not None and not labelling.cancelled():
-        labelling.result()  # it ends by itself only by a mistake of ours, which must be seen
-
-
-async def _finish(labels: Labels, stop: asyncio.Event) -> None:
-    """The labels that are due later; none of them once it is stopped."""
-    finishing, stopped = asyncio.create_task(labels.finish()), asyncio.create_task(stop.wait())
-    await asyncio.wait((finishing, stopped), return_when=asyncio.FIRST_COMPLETED)
-    for task in (finishing, stopped):
-        task.cancel()
-    await asyncio.wait((finishing, stopped))
+        labelling.cancel()
+        stopped.cancel()
+        await asyncio.wait((labelling, stopped))
     labels.give_up()
+    if not labelling.cancelled():
+        labelling.result()  # a mistake of ours must be seen
 
 
 @asynccontextmanager

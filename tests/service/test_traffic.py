@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
@@ -18,6 +19,7 @@ from aiohttp import web
 from extproc.core.kpis import Kpis, Served
 from extproc.outcomesapi import outcome_routes
 from extproc.traffic import labels as labels_module
+from extproc.traffic import running, sending
 from extproc.traffic.arrivals import Crowd, arrivals
 from extproc.traffic.digits import FILE, load_digits
 
@@ -232,30 +234,52 @@ async def test_a_slow_server_gets_the_next_request_before_it_has_answered_the_la
     assert found["statuses"] == {"200": 40}
 
 
-async def test_more_than_can_wait_is_skipped_and_counted(listener, monkeypatch):
-    from extproc.traffic import running, sending
+def plan_of(listener, **more):
+    """A run in this process, without labels."""
+    digits = load_digits()
+    crowd = Crowd(users=5, zipf=1, rate=1000, digits=len(digits))
+    given = {"control": None, "token": None, "seconds": None, "connections": 2, "label_delay_s": 0}
+    return running.Plan(url=f"{listener.url}/v2/models/digits/infer", digits=digits, crowd=crowd, **given | more)
 
-    monkeypatch.setattr(sending, "MAX_WAITING", 5)
-    release, stop = asyncio.Event(), asyncio.Event()
-    answer = listener.answer
+
+def hold(listener):
+    """No request is answered before this event."""
+    release, answer = asyncio.Event(), listener.answer
 
     async def held(*args):
         await release.wait()
         return await answer(*args)
 
     listener.answer = held
-    digits = load_digits()
-    plan = running.Plan(
-        url=f"{listener.url}/v2/models/digits/infer", control=None, token=None, digits=digits, seconds=None,
-        crowd=Crowd(users=5, zipf=1, rate=1000, digits=len(digits)), requests=50, connections=2, label_delay_s=0,
-    )  # fmt: skip
+    return release
+
+
+async def test_more_than_can_wait_is_skipped_and_counted(listener, monkeypatch):
+    monkeypatch.setattr(sending, "MAX_WAITING", 5)
+    release = hold(listener)
 
     def show(_seconds, tally, _text):
         if tally.skipped == 50 - 2 - 5:
             release.set()
 
-    found = await asyncio.wait_for(running.run(plan, stop, show), 60)
+    found = await asyncio.wait_for(running.run(plan_of(listener, requests=50), asyncio.Event(), show), 60)
     assert (found["sent"], found["skipped"], found["statuses"]) == (7, 43, {"200": 7})
+
+
+async def test_what_waits_when_it_is_stopped_is_not_sent_any_more(listener, monkeypatch):
+    monkeypatch.setattr(sending, "GRACE_S", 0.1)
+    hold(listener)
+    stop = asyncio.Event()
+    feed = arrivals(Crowd(users=5, zipf=1, rate=1e6, digits=1))
+    async with aiohttp.ClientSession() as session:
+        sender = sending.Sender(session, f"{listener.url}/v2/models/digits/infer", load_digits(), 2)
+        sent = asyncio.create_task(sender.send(islice(feed, 20), stop))
+        async with asyncio.timeout(30):
+            while len(listener.requests) < 2 or sender._queue.qsize() < 18:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        stop.set()
+        await sent
+    assert (sender.tally.sent, sender.tally.skipped, sender.tally.statuses) == (2, 18, {"abandoned": 2})
 
 
 # --- labels ---
@@ -296,15 +320,27 @@ async def test_labels_wait_for_their_time(listener):
     assert json.loads(out)["labels"]["unsent"] == json.loads(out)["answered"]
 
 
-async def test_control_that_stays_away_in_the_end_is_given_up(listener, monkeypatch):
-    import aiohttp
+async def test_labels_are_not_sent_before_they_are_due(listener):
+    async with aiohttp.ClientSession() as session:
+        now_s = asyncio.get_running_loop().time()
+        waiting = labels_module.Labels(session, listener.control_url, 100)
+        waiting.add("later", now_s, correct=True)
+        assert await waiting.send_due()
+        assert listener.posts == []
+        waiting.add("earlier", now_s - 200, correct=True)  # behind one that is not due
+        waiting._waiting.rotate()
+        assert await waiting.send_due()
+    assert (len(listener.posts), waiting.told.sent) == (1, 1)
 
+
+async def test_control_that_stays_away_in_the_end_is_given_up(monkeypatch):
     monkeypatch.setattr(labels_module, "PATIENCE_S", 0.1)
     async with aiohttp.ClientSession() as session:
         waiting = labels_module.Labels(session, "http://127.0.0.1:1", 0)
         waiting.add("id-1", 0.0, correct=True)
         waiting.add("", 0.0, correct=True)
-        await asyncio.wait_for(waiting.finish(), 30)
+        waiting.close()
+        await asyncio.wait_for(waiting.run(), 30)
     assert waiting.plain()["unsent"] == 2
     assert waiting.problem.startswith("control does not answer at http://127.0.0.1:1 (")
 
