@@ -35,6 +35,10 @@ class Reconciler:
         """Compares until cancelled: for the first time as soon as Envoy answers, before its first request if it can."""
         while await self._sent() is None:  # noqa: ASYNC110  nobody tells us that another process has come up
             await asyncio.sleep(0.2)
+        for _ in range(20):  # they come within a second or two; without a serve or a flag there is still Envoy
+            if self.decided.heard() and self.models():
+                break
+            await asyncio.sleep(0.1)
         while True:
             began_s = time.monotonic()
             await self.compare()
@@ -50,10 +54,11 @@ class Reconciler:
             logged = self.log.logged(self.server)
         finally:
             self.log.join()
+        again = self.decided.heard()
         evidence = Evidence(
             decided=decided,
             later=self.decided.by_flag(),
-            processes=frozenset(one for one, seq in self.decided.heard().items() if seq > heard.get(one, -1)),
+            processes=frozenset(one for one, seq in heard.items() if again.get(one, seq) > seq),
             logged=logged,
             before=before,
             after=after,

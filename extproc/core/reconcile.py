@@ -138,8 +138,8 @@ class Evidence:
     """All that one comparison needs.
 
     `decided` are the decisions by flag that were known at its instant, `later` those known when the log had settled;
-    `processes` names the processes that reported theirs in between. `before` and `after` are Envoy's counters around
-    the instant, None for an Envoy that did not answer.
+    `processes` names the processes that reported theirs before it and again after it. `before` and `after` are Envoy's
+    counters around the instant, None for an Envoy that did not answer.
     """
 
     decided: Mapping[str, int]

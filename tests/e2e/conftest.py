@@ -94,6 +94,17 @@ def stood_in(place: Path, name: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def witnessed(flags: dict[str, Any], deadline_s: float = 15.0) -> Iterator[tuple[Any, Any]]:
+    """A system with these flags (as in witness.py), a model for each, and the obedient servers of both arms."""
+    text = flag_file(**{name: flag.plain(name) for name, flag in flags.items()})
+    environment = {"PERCH_FORCE_TOKEN": witnesses.TOKEN}
+    with folder() as place, witnesses.Servers(place) as servers:
+        models = witnesses.models(place, flags, deadline_s)
+        with running(models, text, environment=environment) as system:
+            yield system, servers
+
+
+@contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """A folder of its own, whose path is short enough for sockets; pytest's are not."""
     place = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
@@ -106,8 +117,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
     """What tests of this folder share, since modules of tests are not to be imported."""
-    shared = (running, folder, standing_in, stood_in, flag_file, digits)
-    others = (clients.client_of, clients.inference, systems.until)
+    shared = (running, witnessed, folder, standing_in, stood_in, flag_file, digits)
+    others = (clients.client_of, clients.inference, systems.until, systems.free_ports)
     return SimpleNamespace(**{one.__name__: one for one in (*shared, *others)}, salt=SALT, witness=witnesses)
 
 

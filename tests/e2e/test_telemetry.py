@@ -18,7 +18,6 @@ DEADLINE_S = 3.0
 SEED = 20_261_104
 SETTLED_WITHIN_S = 60.0
 ARMS = ("stable", "canary")
-NO_LOG = {"streams": 0, "entries": 0, "unreadable": 0, "envoys": {}}
 
 # How long the model server takes. On a quiet machine the rest adds less than a bin to so much; each percentile lies
 # well inside of its group.
@@ -36,33 +35,21 @@ def flags(tools):
 
 
 @pytest.fixture(scope="module")
-def place(tools):
-    with tools.folder() as place:
-        yield place
-
-
-@pytest.fixture(scope="module")
-def servers(tools, place):
-    with tools.witness.Servers(place) as servers:
-        yield servers
-
-
-@pytest.fixture(scope="module")
-def system(tools, flags, place, servers):
-    text = tools.flag_file(**{name: flag.plain(name) for name, flag in flags.items()})
-    models = tools.witness.models(place, flags, DEADLINE_S)
-    with tools.running(models, text, environment={"PERCH_FORCE_TOKEN": tools.witness.TOKEN}) as system:
-        yield system
+def witnessed(tools, flags):
+    with tools.witnessed(flags, DEADLINE_S) as (system, servers):
+        yield system, servers
 
 
 @pytest.fixture
-def fresh(tools, system):
+def servers(witnessed):
+    return witnessed[1]
+
+
+@pytest.fixture
+def fresh(tools, witnessed):
     """The system, where control has just begun to count."""
-    system.until_settled()
-    system.signal(signal.SIGKILL, "control")
-    tools.until(lambda: system.status().get("access_log") == NO_LOG, "a control that counts from zero")
-    system.until_settled()
-    return system
+    tools.witness.begin_to_count(tools, witnessed[0])
+    return witnessed[0]
 
 
 def until_read(tools: Any, system: Any, entries: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 TOKEN = "e2e-token-0123456789"
 ARMS = ("stable", "canary")
 GAMMA = 1.04
+NO_LOG = {"streams": 0, "entries": 0, "unreadable": 0, "envoys": {}}
 QUANTILES = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
 
 
@@ -286,24 +288,27 @@ async def _ask_in_turn(port: int, flags: dict[str, Flag], waiting: Iterator[Ask]
     """One connection, which is opened again where it was closed."""
     connection: Any = None
     for ask in waiting:
-        connection = connection or await asyncio.open_connection("127.0.0.1", port)
-        reader, writer = connection
         lines = [f"POST /v2/models/{ask.model}/infer HTTP/1.1", "host: e2e", "content-length: 2"]
         head = "\r\n".join([*lines, *(f"{name}: {value}" for name, value in ask.headers()), "", "{}"])
         began_s = time.monotonic()
         status, headers = 0, {}
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            writer.write(head.encode())
-            status, headers = await _answer(reader, body="part" not in ask.do)
+            connection = connection or await asyncio.open_connection("127.0.0.1", port)
+            connection[1].write(head.encode())
+            status, headers = await _answer(connection[0], body="part" not in ask.do)
         records.append(Record(ask, flags[ask.model], status, headers, began_s, time.monotonic()))
         if "part" in ask.do or not status:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-            connection = None
+            connection = await _close(connection)
+            await asyncio.sleep(0 if status else 0.1)
+    await _close(connection)
+
+
+async def _close(connection: Any) -> None:
+    """Closes a connection, if there is one."""
     if connection is not None:
         connection[1].close()
-        await connection[1].wait_closed()
+        with contextlib.suppress(OSError):
+            await connection[1].wait_closed()
 
 
 async def _answer(reader: asyncio.StreamReader, *, body: bool) -> tuple[int, dict[str, str]]:
@@ -350,6 +355,14 @@ def models(place: Path, names: Iterable[str], deadline_s: float) -> dict[str, An
     """The models' entries in models.yaml: each arm is one server in `place`, the same for all of them."""
     arms = {arm: [f"unix:{place}/{arm}.sock"] for arm in ARMS}
     return {name: {"prefix": f"/v2/models/{name}/", "deadline_s": deadline_s, **arms} for name in names}
+
+
+def begin_to_count(tools: Any, system: Any) -> None:
+    """Control is killed, and one that counts from zero is waited for."""
+    system.until_settled()
+    system.signal(signal.SIGKILL, "control")
+    tools.until(lambda: system.status().get("access_log") == NO_LOG, "a control that counts from zero")
+    system.until_settled()
 
 
 def metrics_of(system: Any) -> dict[tuple[str, ...], float]:
