@@ -1,0 +1,140 @@
+"""A real Prometheus scrapes control while requests run, and answers what the page of metrics says it can be asked."""
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from extproc.metricnames import REQUEST_METRICS, Kind
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="prometheus and promtool are not installed (Debian: apt-get install prometheus)",
+)
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+TYPES = {Kind.COUNTER: "counter", Kind.GAUGE: "gauge", Kind.TIMER: "histogram"}
+SELDOM = {"mismatched", "aborted", "failed_open", "fell_back", "errors", "dropped", "kpi_count", "kpi_mean"}
+"""Metrics of what does not happen here: they have no series until it does."""
+
+
+class Prometheus:
+    """A server that scrapes one control, each second."""
+
+    def __init__(self, folder: Path, target: str) -> None:
+        (self.port,) = sys.modules["perch_e2e_system"].free_ports(1)
+        scrape = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)```", PAGE)[1])
+        scrape["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}} | scrape))
+        options = {"config.file": "prometheus.yml", "storage.tsdb.path": "data"}
+        options["web.listen-address"] = f"127.0.0.1:{self.port}"
+        command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
+        with (folder / "prometheus.log").open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    def get(self, path: str) -> Any:
+        """The data of an answer of its HTTP API; None while there is none."""
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
+            found = json.loads(answer.read())
+            assert found["status"] == "success"
+            return found["data"]
+
+    def query(self, expression: str) -> dict[tuple[str, ...], float]:
+        """The values now, by those of the labels in the order of their names."""
+        found = self.get(f"/api/v1/query?query={quote(expression)}") or {"result": []}
+        return {
+            tuple(value for _, value in sorted(one["metric"].items())): float(one["value"][1])
+            for one in found["result"]
+        }
+
+
+@contextlib.contextmanager
+def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
+    """A Prometheus while inside."""
+    prometheus = Prometheus(folder, target)
+    try:
+        yield prometheus
+    finally:
+        prometheus.process.kill()
+        prometheus.process.wait()
+
+
+async def test_prometheus_scrapes_control_and_counts_what_was_sent(tools):
+    with tools.folder() as place, tools.running(tools.digits(), tools.flag_file(digits=40)) as system:
+        async with tools.client_of(system) as client:
+            with scraping(place, f"127.0.0.1:{system.control_port}") as prometheus:
+                await asyncio.to_thread(tools.until, lambda: prometheus.query("up == 1"), "the first scrape")
+                sent: Counter[str] = Counter()
+                for part in range(4):
+                    answers = await client.all(f"user-{part}-{i}" for i in range(500))
+                    sent.update(answer.removeprefix("200 ") for answer in answers.values())
+                    await asyncio.sleep(1)  # so that there are rates
+                assert sent.keys() == {"stable", "canary"}
+                await asyncio.to_thread(ask_it, tools, prometheus, sent)
+                await asyncio.to_thread(judge_page, system)
+
+
+def judge_page(system: Any) -> None:
+    """Promtool has nothing to say about the page."""
+    code, text = system.get(system.control_port, "/metrics")
+    assert code == 200
+    checked = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str]) -> None:
+    """Everything that can be asked of it."""
+    by_cohort = {(cohort,): float(n) for cohort, n in sent.items()}
+    for name in ("count_total", "predictions_total", "latency_seconds_count", "latency_seconds_bucket{le='+Inf'}"):
+        expression = f"sum by (cohort) (perch_request_{name})"
+        tools.until(lambda query=expression: prometheus.query(query) == by_cohort, f"{expression} to be {by_cohort}")
+    for quantile, shown in ((0.5, "p50"), (0.99, "p99")):
+        expression = f"histogram_quantile({quantile}, sum by (cohort, le) (perch_request_latency_seconds_bucket))"
+        found, percentiles = prometheus.query(expression), prometheus.query(f"perch_request_latency_{shown}_seconds")
+        assert found.keys() == by_cohort.keys()
+        for (cohort,), seconds in found.items():
+            (exact,) = [value for key, value in percentiles.items() if cohort in key]
+            below, above = bucket_of(exact, prometheus)
+            # The histogram knows no more than the bucket, and the last minute is all there is.
+            assert below <= seconds <= above or seconds == pytest.approx(exact, rel=0.05), (quantile, cohort)
+    for expression in re.findall(r"(?s)```promql\n(.*?)```", PAGE):
+        prometheus.query(expression)  # a mistake in it is an HTTP error
+    wanted = {(cohort, "digits") for cohort in sent}
+    tools.until(lambda: prometheus.query(histogram_on_the_page()).keys() == wanted, "rates of each bucket")
+    assert_types(tools, prometheus)
+
+
+def bucket_of(seconds: float, prometheus: Prometheus) -> tuple[float, float]:
+    """The edges of the bucket that a duration falls into, as Prometheus has them."""
+    edges = sorted(float(le) for (le,) in prometheus.query("count by (le) (perch_request_latency_seconds_bucket)"))
+    return max([0.0, *(edge for edge in edges if edge < seconds)]), min(edge for edge in edges if edge >= seconds)
+
+
+def histogram_on_the_page() -> str:
+    """The page's query for a percentile."""
+    return next(one for one in re.findall(r"(?s)```promql\n(.*?)```", PAGE) if one.startswith("histogram_quantile"))
+
+
+def assert_types(tools: Any, prometheus: Prometheus) -> None:
+    """Prometheus knows each metric of the table as what the table says it is, and with its words; and no other."""
+    wanted = {metric.prometheus: (TYPES[metric.kind], metric.about) for metric in REQUEST_METRICS}
+    always = {one.prometheus for one in REQUEST_METRICS if one.name.removeprefix("request.") not in SELDOM}
+    tools.until(lambda: always <= told_of(prometheus).keys(), f"all of {sorted(always)}")
+    assert told_of(prometheus).items() <= wanted.items()
+
+
+def told_of(prometheus: Prometheus) -> dict[str, tuple[str, str]]:
+    """Type and help of each metric of perch."""
+    found = prometheus.get("/api/v1/targets/metadata")
+    return {one["metric"]: (one["type"], one["help"]) for one in found if one["metric"].startswith("perch_")}
