@@ -57,9 +57,14 @@ class World:
         if logged:
             self.log.add(self.log.lane(one), one)
 
-    def compare(self, *, later=0):
-        """A comparison; `later` decisions became known while the log settled."""
-        sent = Sent({"digits": self.finished}, self.under_way, self.began_s) if self.envoy else None
+    def compare(self, *, later=0, between=0):
+        """A comparison. `later` decisions became known while the log settled, `between` attempts ended at its instant:
+        after Envoy's counters were read for the first time and before they were read again.
+        """
+        before, after = (
+            Sent({"digits": finished}, self.under_way, self.began_s) if self.envoy else None
+            for finished in (self.finished - between, self.finished)
+        )
         self.found.compare(
             FLAGS,
             Evidence(
@@ -67,8 +72,8 @@ class World:
                 {"digits": self.decided + later},
                 self.processes,
                 self.log.logged(),
-                sent,
-                sent,
+                before,
+                after,
             ),
         )
         return self.found.differences["digits"]
@@ -174,6 +179,18 @@ def test_what_was_decided_and_reported_late_before_the_first_comparison_is_not_l
     world.compare(later=40)
     world.decided += 40
     assert world.compare().lost == 0
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_what_ended_at_the_very_instant_of_the_first_comparison_is_neither_lost_nor_surplus(logged):
+    world = World()
+    for _ in range(12):
+        world.request(logged=logged, reported=False)
+    world.compare(between=12)
+    for _ in range(0 if logged else 12):
+        world.request(counted=False)
+    found = world.compare()
+    assert (found.lost, found.surplus) == (0, 0)
 
 
 def test_what_was_under_way_during_the_first_comparison_is_no_surplus():
