@@ -58,8 +58,10 @@ class World:
             self.log.add(self.log.lane(one), one)
 
     def compare(self, *, later=0, between=0):
-        """A comparison. `later` decisions became known while the log settled, `between` attempts ended at its instant:
-        after Envoy's counters were read for the first time and before they were read again.
+        """A comparison.
+
+        `later` decisions became known while the log settled. `between` attempts ended at its instant: after Envoy's
+        counters were read for the first time and before they were read again.
         """
         before, after = (
             Sent({"digits": finished}, self.under_way, self.began_s) if self.envoy else None
@@ -190,6 +192,14 @@ def test_what_ended_at_the_very_instant_of_the_first_comparison_is_neither_lost_
     for _ in range(0 if logged else 12):
         world.request(counted=False)
     found = world.compare()
+    assert (found.lost, found.surplus) == (0, 0)
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_what_ends_at_the_very_instant_of_a_comparison_is_neither_lost_nor_surplus(world, logged):
+    for _ in range(12):
+        world.request(logged=logged, reported=logged)
+    found = world.compare(between=12)
     assert (found.lost, found.surplus) == (0, 0)
 
 
