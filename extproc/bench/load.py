@@ -84,8 +84,17 @@ async def latencies_us(tools: Tools, url: str, seconds: int, folder: Path) -> tu
         return None
     log = folder / "h2load.log"
     log.unlink(missing_ok=True)
-    rate = ("-c10", f"--rps={RATE_PER_S // 10}", f"--log-file={log}")
-    _require_success(await _said(*_h2load(tools, seconds), *rate, *_headers("user-1"), url))
+    # Ten connections that begin a millisecond after one another: at once, each request would wait for up to nine others.
+    spread = (
+        "--h1",
+        "-t1",
+        f"-n{RATE_PER_S * seconds}",
+        "-c10",
+        f"--rps={RATE_PER_S // 10}",
+        "-r1",
+        "--rate-period=1ms",
+    )
+    _require_success(await _said(tools.h2load, *spread, f"--log-file={log}", *_headers("user-1"), url))
     times = sorted(int(line.split("\t")[2]) for line in log.read_text(encoding="ascii").splitlines())
     if not times:
         raise BenchError("h2load logged no request")
