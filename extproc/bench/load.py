@@ -84,17 +84,10 @@ async def latencies_us(tools: Tools, url: str, seconds: int, folder: Path) -> tu
         return None
     log = folder / "h2load.log"
     log.unlink(missing_ok=True)
-    # Ten connections that begin a millisecond after one another: at once, each request would wait for up to nine others.
-    spread = (
-        "--h1",
-        "-t1",
-        f"-n{RATE_PER_S * seconds}",
-        "-c10",
-        f"--rps={RATE_PER_S // 10}",
-        "-r1",
-        "--rate-period=1ms",
-    )
-    _require_success(await _said(tools.h2load, *spread, f"--log-file={log}", *_headers("user-1"), url))
+    rate = ("--h1", "-t1", f"-n{RATE_PER_S * seconds}", "-c10", f"--rps={RATE_PER_S // 10}")
+    # The connections begin a millisecond after one another: at once, each request would wait for up to nine others.
+    apart = ("-r1", "--rate-period=1ms")
+    _require_success(await _said(tools.h2load, *rate, *apart, f"--log-file={log}", *_headers("user-1"), url))
     times = sorted(int(line.split("\t")[2]) for line in log.read_text(encoding="ascii").splitlines())
     if not times:
         raise BenchError("h2load logged no request")
