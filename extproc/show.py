@@ -1,26 +1,30 @@
-"""What people see: the lines of `perch up`, the table of `perch status`."""
+"""What people see: the lines of `perch up`, what `perch status` asks control."""
 
 import asyncio
 import contextlib
 import json
+import time
 from datetime import datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
+from extproc.address import UnixAddress, parse_address
 from extproc.app import prefixes
 from extproc.core.decision import Decision, decide
 from extproc.core.flags import Arm, SourceKind, UnitSource
 from extproc.explain import Loaded, load, request_for
 from extproc.flagfile import Paths
 from extproc.modelsfile import Model
+from extproc.statustable import StatusView
 from extproc.up import Running
 
 WATCH_EVERY_S = 1.0
+ANSWER_WITHIN = aiohttp.ClientTimeout(total=5)
 
 
 class StatusError(Exception):
@@ -116,55 +120,58 @@ def example_body(folder: Path) -> str:
 
 
 async def show_status(control: str, *, watch: bool, as_json: bool) -> None:
-    """Prints the status once, or again and again. Raises StatusError."""
+    """Prints the status once, or again and again. Raises StatusError, on a watched screen only at the start."""
     console = Console(highlight=False)
+    status = await fetch_status(control)
+    if as_json:
+        await _print_json(console, control, status, watch=watch)
+    elif not watch:
+        console.print(StatusView(status))
+    else:
+        await _keep_showing(console, control, status)
+
+
+async def _print_json(console: Console, control: str, status: dict[str, Any], *, watch: bool) -> None:
+    """Once, for people too; or a line per look, for a pipe."""
     if not watch:
-        status = await fetch_status(control)
-        console.print_json(data=status) if as_json else console.print(table_of(status))
+        console.print_json(data=status)
         return
-    with Live(console=console, auto_refresh=False) as live:
+    while True:
+        print(json.dumps(status), flush=True)  # noqa: T201  see above
+        await asyncio.sleep(WATCH_EVERY_S)
+        status = await fetch_status(control)
+
+
+async def _keep_showing(console: Console, control: str, status: dict[str, Any]) -> None:
+    """While control does not answer, the last status stays, with a line above it that says so."""
+    heard_s, note = time.monotonic(), ""
+    with Live(StatusView(status), console=console, auto_refresh=False) as live:
         while True:
-            status = await fetch_status(control)
-            if as_json:
-                print(json.dumps(status), flush=True)  # noqa: T201  one line per look, for a pipe
-            else:
-                live.update(table_of(status), refresh=True)
+            live.update(StatusView(status, note), refresh=True)
             await asyncio.sleep(WATCH_EVERY_S)
+            try:
+                status = await fetch_status(control)
+                heard_s, note = time.monotonic(), ""
+            except StatusError as error:
+                note = f"{time.monotonic() - heard_s:.0f} s old: {error}"
 
 
 async def fetch_status(control: str) -> dict[str, Any]:
-    """`GET /v1/status`. Raises StatusError."""
+    """`GET /v1/status` of HOST:PORT or unix:PATH. Raises StatusError."""
+    address = parse_address(control, port_zero=True)
+    socket = str(address.path) if isinstance(address, UnixAddress) else None
+    connector = aiohttp.TCPConnector() if socket is None else aiohttp.UnixConnector(socket)
+    url = f"http://{control if socket is None else 'control'}/v1/status"
     try:
-        async with aiohttp.ClientSession() as session, session.get(f"http://{control}/v1/status") as answer:
-            status: dict[str, Any] = await answer.json()
-            return status
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=ANSWER_WITHIN) as session,
+            session.get(url) as answer,
+        ):
+            code, status = answer.status, await answer.json()
+    except TimeoutError:
+        raise StatusError(f"control at {control} did not answer within {ANSWER_WITHIN.total:g} s") from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise StatusError(f"control does not answer at {control} ({error}); is `perch up` running?") from None
-
-
-def table_of(status: dict[str, Any]) -> Table:
-    """The status for people."""
-    ready = "ready" if status["ready"] else f"not ready: {status['not_ready']}"
-    envoy = status["envoy"]
-    failed_open = f", {envoy.get('failure_mode_allowed', 0)} failed open" if envoy else ", Envoy does not answer"
-    table = Table(title=f"{ready}{failed_open}", title_justify="left", box=None, pad_edge=False)
-    for column in ("flag", "model", "canary", "wanted", "servers ready", "state", "version"):
-        table.add_column(column)
-    for key, flag in status["flags"].items():
-        state = "off" if not flag["enabled"] else "held: canary not warm" if flag["held"] else "serving"
-        servers = f"{flag['ready']['stable']} stable, {flag['ready']['canary']} canary"
-        percent, wanted = f"{flag['effective_percent']:g} %", f"{flag['wanted_percent']:g} %"
-        table.add_row(key, flag["model"], percent, wanted, servers, state, flag["version"])
-    table.caption = "\n".join(alerts_of(status))
-    return table
-
-
-def alerts_of(status: dict[str, Any]) -> list[str]:
-    """What somebody should look into, a line each."""
-    alerts = [f"the last good flag file is served: {problem}" for problem in status["flag_file"]["problems"]]
-    for key, flag in status["flags"].items():
-        if "heavy_unit" in flag:
-            unit = f" ({flag['heavy_unit']['unit']})" if "unit" in flag["heavy_unit"] else ""
-            share = f"{flag['heavy_unit']['share']:.0%}"
-            alerts.append(f"{key}: one unit{unit} makes up {share} of the traffic; is it a person?")
-    return alerts
+    if code != HTTPStatus.OK or not isinstance(status, dict):
+        raise StatusError(f"what answers at {control} (status {code}) is not perch's control")
+    return status

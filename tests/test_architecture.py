@@ -88,6 +88,7 @@ control               | *                                                       
 up                    | *                                                             | aiohttp
 options               | *                                                             | pydantic typer
 flagcommands          | *                                                             | pydantic typer
+statustable           |                                                               | rich
 show                  | *                                                             | aiohttp rich
 cli                   | *                                                             | typer
 """
