@@ -25,7 +25,7 @@ format: $(VENV)/.dev
 # The system in containers, started for real. Needs root and Debian's packages, which it installs where it may.
 test-compose: $(VENV)/.dev
 	@mkdir -p build && compose/tests/engine.sh > build/test-compose.engine
-	PERCH_TEST_ENGINE=build/test-compose.engine $(BIN)/python -m pytest compose/tests $(ARGS)
+	PERCH_TEST_ENGINE=build/test-compose.engine $(BIN)/python -m pytest --numprocesses 0 compose/tests $(ARGS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench $(ARGS)

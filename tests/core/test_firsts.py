@@ -32,19 +32,19 @@ def test_of_a_hundred_thousand_units_none_is_missed_but_those_with_equal_hashes(
 
 @pytest.mark.parametrize(
     "below",
-    [HASHES, HASHES // BUCKETS * 5_000, HASHES // BUCKETS * 1_000],
-    ids=["everybody", "canary_5_percent", "canary_1_percent"],
+    [HASHES, HASHES // BUCKETS * 1_000],
+    ids=["everybody", "canary_1_percent"],
 )
-def test_a_million_units_are_undercounted_as_the_formula_says_also_in_a_small_arm(below):
+def test_hundreds_of_thousands_of_units_are_undercounted_as_the_formula_says_also_in_a_small_arm(below):
     seen = Firsts()
-    missed = sum(not seen.first(unit) for unit in different_hashes(1_000_000, below))
-    assert missed == pytest.approx(expected_missed(1_000_000), rel=0.2)  # 5 % of it is three deviations
+    missed = sum(not seen.first(unit) for unit in different_hashes(600_000, below))
+    assert missed == pytest.approx(expected_missed(600_000), rel=0.2)  # 5 % of it is three deviations
 
 
 def test_hashes_in_a_row_are_as_good_as_any():
     seen = Firsts()
-    missed = sum(not seen.first(unit) for unit in range(1_000_000))
-    assert missed == pytest.approx(expected_missed(1_000_000), rel=0.2)
+    missed = sum(not seen.first(unit) for unit in range(600_000))
+    assert missed == pytest.approx(expected_missed(600_000), rel=0.2)
 
 
 def test_the_expected_undercount_is_the_sum_over_all_units():

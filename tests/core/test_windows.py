@@ -12,9 +12,6 @@ from extproc.core.latency import bin_of
 from extproc.core.outcomes import Assignment, Outcome
 from extproc.core.predictions import OTHER, Kind
 from extproc.core.windows import (
-    MAX_GROUPS,
-    MAX_LABELS,
-    MAX_SERIES,
     MAX_VERSIONS,
     NONE,
     RECENT_S,
@@ -354,18 +351,20 @@ def test_endless_model_versions_share_a_series():
     assert windows.dropped["series"] == 100 - MAX_VERSIONS
 
 
-def test_endless_flags_rules_and_labels_stay_within_bounds_and_lose_no_request():
+def test_endless_flags_rules_and_labels_stay_within_bounds_and_lose_no_request(monkeypatch):
+    for name, most in {"MAX_GROUPS": 64, "MAX_CELLS": 128, "MAX_SERIES": 100, "MAX_LABELS": 100}.items():
+        monkeypatch.setattr(f"extproc.core.windows.{name}", most)
     windows = Windows(lambda _flag, version: int(version))
-    n = MAX_GROUPS + 50
+    n = 200
     for i in range(n):
         add(windows, outcome(assigned(flag=f"f{i}", version="1"), predictions=f"p{i}"))
         add(windows, outcome(assigned(flag="one", version=str(i)), predictions=f"p{i}"))
     windows.settle()
-    assert len(windows.groups) == MAX_GROUPS
-    assert len(windows.shown) <= MAX_SERIES + 1
-    assert len(windows.labels("one", "stable")) <= MAX_LABELS + 1
+    assert len(windows.groups) == 64
+    assert len(windows.shown) <= 101
+    assert len(windows.labels("one", "stable")) <= 101
     assert sum(window.total().requests for window in windows.shown.values()) == 2 * n
-    assert windows.dropped["groups"] == 2 * n - MAX_GROUPS
+    assert windows.dropped["groups"] == 2 * n - 64
 
 
 def test_health_and_metadata_requests_are_passed_over():
