@@ -4,7 +4,11 @@
 set -eu
 case "${1:-}" in
     serve | control) exec perch "$@" ;;
-    model) shift; exec python -m model_servers "$@" ;;
+    model)
+        shift
+        [ -z "${PERCH_STATSD:-}" ] || set -- "$@" --statsd "$PERCH_STATSD" --statsd-tags "${PERCH_STATSD_TAGS:-dogstatsd}"
+        exec python -m model_servers "$@"
+        ;;
     envoy) exec perch envoy run ;;
     *) exec "$@" ;;
 esac

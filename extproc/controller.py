@@ -39,17 +39,20 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What was seen in one look at Envoy: ready hosts by cluster. None instead of a View: Envoy could not be asked."""
+    """What was seen in one look at Envoy: ready and known hosts by cluster. None instead of a View: it is silent."""
 
     ready: Mapping[str, int]
+    known: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, hosts: Iterable[Host]) -> "View":
         """Counts the ready hosts of each cluster."""
         ready: dict[str, int] = {}
+        known: dict[str, int] = {}
         for host in hosts:
             ready[host.cluster] = ready.get(host.cluster, 0) + host.healthy
-        return cls(ready)
+            known[host.cluster] = known.get(host.cluster, 0) + 1
+        return cls(ready, known)
 
     def stable(self, model: str) -> int:
         """Ready stable hosts of a model."""
@@ -108,7 +111,9 @@ class Controller:
         seen = look(gate, now_s, ready, model.min_healthy)
         self._gates[model.name] = seen.gate
         if seen.changed:
-            of = f"{model.name}: {ready} of {len(model.canary)} canary servers ready"
+            # A name may stand for many servers, and one that is gone may have left Envoy's list.
+            known = max(len(model.canary), view.known.get(f"{model.name}_canary", 0))
+            of = f"{model.name}: {ready} of {known} canary servers ready"
             if seen.gate.is_open:
                 self.tell("canary_warm", f"{of}; its share of users is sent there", False)
             else:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,25 +37,55 @@ def stack_module() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def engine() -> Iterator[dict[str, str]]:
-    """Podman's settings, Docker Compose and the image, as engine.sh printed them for `make test-compose`."""
+def tools() -> dict[str, str]:
+    """Podman's settings, the programs and the images, as engine.sh printed them for `make test-compose`."""
     where = os.environ.get("PERCH_TEST_ENGINE")
     assert where, "run these tests with: make test-compose"
-    lines = Path(where).read_text().splitlines()
-    found = dict(line.split("=", 1) for line in lines)
-    socket = Path(found["RUN"]) / "podman.sock"
+    return dict(line.split("=", 1) for line in Path(where).read_text().splitlines())
+
+
+@pytest.fixture(scope="session")
+def engine(tools: dict[str, str]) -> Iterator[dict[str, str]]:
+    """The tools, with podman's API running for Docker Compose."""
+    socket = Path(tools["RUN"]) / "podman.sock"
     socket.unlink(missing_ok=True)
-    environment = os.environ | found
-    with (Path(found["RUN"]) / "service.log").open("wb") as log:
-        service = subprocess.Popen(
-            ("podman", "system", "service", "--time=0", f"unix://{socket}"), env=environment, stdout=log, stderr=log
-        )
+    command = ("podman", "system", "service", "--time=0", f"unix://{socket}")
+    with (Path(tools["RUN"]) / "service.log").open("wb") as log:
+        service = subprocess.Popen(command, env=os.environ | tools, stdout=log, stderr=log)
         try:
             stacks.until(socket.exists, "podman's API")
-            yield found
+            yield tools
         finally:
             service.terminate()
             service.wait(30)
+
+
+@pytest.fixture(scope="session")
+def unstarted(tools: dict[str, str]) -> Callable[..., str]:
+    """Docker Compose without an engine, and without any setting but those given."""
+
+    def run(*command: str, check: bool = True, **settings: str) -> str:
+        done = subprocess.run(
+            (tools["COMPOSE"], *command), env=settings, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode == 0) == check, done.stderr
+        return done.stdout + ("" if check else done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def promtool(tools: dict[str, str]) -> Callable[..., str]:
+    """Prometheus' own judge of its files."""
+
+    def run(*command: Any) -> str:
+        done = subprocess.run(
+            (tools["PROMTOOL"], *map(str, command)), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

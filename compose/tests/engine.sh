@@ -32,21 +32,25 @@ if [ "${#missing[@]}" -gt 0 ]; then
         { say "missing, and apt-get could not install it (see $work/apt.log): ${missing[*]}"; exit 2; }
 fi
 
-# Docker Compose itself reads the file and talks to podman: its package is small and needs no Docker. The release of the
-# machine may have none, so it is taken from the one that the base image has.
-compose=$work/docker-compose
-if [ ! -x "$compose" ]; then
-    say "fetching Docker Compose from Debian trixie"
+# Programs taken out of Debian's packages, whatever release this machine runs, and not installed: Docker Compose itself,
+# which reads the files and talks to podman, and Prometheus with promtool, which the package of trixie has not.
+compose=$work/docker-compose prometheus=$work/prometheus
+if [ ! -x "$prometheus/prometheus" ] || [ ! -x "$compose" ]; then
+    say "fetching Docker Compose and Prometheus from Debian"
     apt=$work/apt
-    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main" >"$apt/sources.list"
+    mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$prometheus"
+    for release in trixie bookworm; do
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $release main"
+    done >"$apt/sources.list"
     options=(-o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$apt/lists"
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root)
-    (cd "$apt" && apt-get "${options[@]}" update -qq && apt-get "${options[@]}" download -qq docker-compose) >>"$work/apt.log" 2>&1 ||
-        { say "missing, and apt-get could not fetch it from trixie (see $work/apt.log): docker-compose"; exit 2; }
-    dpkg-deb --fsys-tarfile "$apt"/docker-compose_*.deb | tar -xO ./usr/libexec/docker/cli-plugins/docker-compose >"$compose.part"
-    chmod 755 "$compose.part"
-    mv "$compose.part" "$compose"
+    (cd "$apt" && apt-get "${options[@]}" update -qq &&
+        apt-get "${options[@]}" download -qq docker-compose/trixie prometheus/bookworm) >>"$work/apt.log" 2>&1 ||
+        { say "missing, and apt-get could not fetch it (see $work/apt.log): docker-compose prometheus"; exit 2; }
+    dpkg-deb --fsys-tarfile "$apt"/docker-compose_*.deb | tar -xO ./usr/libexec/docker/cli-plugins/docker-compose >"$compose"
+    dpkg-deb --fsys-tarfile "$apt"/prometheus_*.deb |
+        tar -xC "$prometheus" --strip-components=3 ./usr/bin/promtool ./usr/bin/prometheus
+    chmod 755 "$compose"
     rm -rf "$apt"
 fi
 
@@ -95,11 +99,25 @@ mounts=()
 image=localhost/perch-test:latest
 podman build --network host "${mounts[@]}" --build-arg "BASE=$BASE" -f compose/Dockerfile -t "$image" . >"$work/build.log" 2>&1 ||
     { tail -20 "$work/build.log" >&2; say "the image cannot be built: see $work/build.log"; exit 1; }
+# Stand-ins for the overlay's images: Prometheus itself, from its package, and something that takes StatsD lines.
+podman build --network none -f - -t localhost/perch-test-prometheus:latest "$prometheus" >"$work/build.log" 2>&1 <<END
+FROM $BASE
+COPY prometheus /bin/prometheus
+RUN install -d -o 65534 -g 65534 /prometheus
+ENTRYPOINT ["/bin/prometheus"]
+END
+podman build --network none -f - -t localhost/perch-test-statsd:latest compose/tests >"$work/build.log" 2>&1 <<END
+FROM $image
+COPY statsd_stand_in.py /statsd_stand_in.py
+ENTRYPOINT ["python", "/statsd_stand_in.py"]
+END
 podman image prune --force --filter until=24h >/dev/null  # layers of earlier builds are a cache, for a day
 
 echo "CONTAINERS_CONF=$CONTAINERS_CONF"
 echo "CONTAINERS_STORAGE_CONF=$CONTAINERS_STORAGE_CONF"
 echo "COMPOSE=$compose"
 echo "IMAGE=$image"
-echo "BASE=$BASE"
+echo "PROMETHEUS_IMAGE=localhost/perch-test-prometheus:latest"
+echo "STATSD_IMAGE=localhost/perch-test-statsd:latest"
+echo "PROMTOOL=$prometheus/promtool"
 echo "RUN=$run"

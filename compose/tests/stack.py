@@ -64,6 +64,15 @@ def example() -> bytes:
     return json.dumps({"inputs": [{"name": "pixels", "shape": [1, 64], "datatype": "FP32", "data": pixels}]}).encode()
 
 
+def is_dead(pid: int) -> bool:
+    """Whether a process has closed everything: it is gone, or a zombie without further threads."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state in "ZX" and len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+    except OSError:
+        return True
+
+
 @dataclass(frozen=True)
 class Answer:
     """What one client got; status 0 means that the connection failed."""
@@ -87,7 +96,7 @@ class Stack:
 
     def __post_init__(self) -> None:
         """Makes the folders that are mounted: flags, models, a token; readable for the user of the containers."""
-        self.port, self.control_port = free_ports(2)
+        self.port, self.control_port, self.prometheus_port = free_ports(3)
         self.folder.chmod(0o755)
         self.flags.parent.mkdir()
         self.flags.write_text(flag_file(20))
@@ -98,6 +107,7 @@ class Stack:
             "PERCH_IMAGE": self.engine["IMAGE"],
             "PERCH_PORT": str(self.port),
             "PERCH_CONTROL_PORT": str(self.control_port),
+            "PROMETHEUS_PORT": str(self.prometheus_port),
             "PERCH_FLAGS_DIR": str(self.flags.parent),
             "PERCH_CANARY_DIR": str(self.canary),
             "PERCH_TOKEN_FILE": str(self.folder / "token"),
@@ -175,10 +185,11 @@ class Stack:
         return subprocess.run(whole, env=self.environ(), capture_output=True, text=True, timeout=60, check=False)
 
     def kill(self, container: str) -> int:
-        """Kills the main process, as a crash would: the engine has not been asked for it. Its process id."""
+        """Kills the main process, as a crash would. Returns its id once its sockets are closed."""
         pid = int(self.containers()[container]["State"]["Pid"])
         assert pid > 0, container
         os.kill(pid, signal.SIGKILL)
+        until(lambda: is_dead(pid), f"the end of {container}")
         return pid
 
     def until_again(self, container: str, before: int) -> None:
@@ -242,6 +253,15 @@ class Stack:
         """`GET /v1/status`; empty while control does not answer."""
         code, body = self.get("/v1/status")
         return json.loads(body) if code == 200 else {}
+
+    def prometheus(self, query: str) -> list[Any]:
+        """What Prometheus answers to a query; empty while it has no such series or does not answer."""
+        url = f"http://127.0.0.1:{self.prometheus_port}/api/v1/query?query={quote(query)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]["result"]
+        except OSError:
+            return []
 
     def counters(self, pattern: str) -> Counter[str]:
         """Envoy's counters and gauges, through control; empty while one of both does not answer."""

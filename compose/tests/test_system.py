@@ -62,6 +62,61 @@ CONTAINERS = [
 ]
 
 
+@pytest.mark.parametrize("container", [*CONTAINERS, "envoy-1"])
+def test_a_container_has_no_rights_and_nothing_to_write_to_but_its_volumes(stack, container):
+    assert stack.exec(container, "id", "-u").stdout.strip() == "10001"
+    status = stack.exec(container, "cat", "/proc/1/status").stdout
+    assert "CapEff:\t0000000000000000" in status
+    assert "NoNewPrivs:\t1" in status
+    for place in ("/etc", "/opt/perch", "/usr/local", "/home"):
+        assert "Read-only" in stack.exec(container, "touch", f"{place}/mark").stderr
+    if container == "envoy-1":
+        assert "Read-only" in stack.exec(container, "touch", "/var/lib/envoy/mark").stderr
+    for program in ("gcc", "pip", "pip3", "make"):
+        assert stack.exec(container, "sh", "-c", f"command -v {program}").returncode != 0
+
+
+def test_envoys_admin_is_a_private_socket_and_control_hands_on_its_stats(stack):
+    mode = stack.exec("envoy-1", "stat", "-c", "%F %U", "/run/perch/envoy-admin.sock").stdout
+    assert mode.startswith("socket")
+    assert "envoy_server_live" in stack.get("/envoy/stats?format=prometheus&filter=server.live")[1]
+    assert stack.get("/envoy/quitquitquit", method="POST")[0] in (401, 404)
+
+
+def test_whoever_writes_to_the_control_api_shows_the_token(stack, stack_module):
+    report = json.dumps({"unit": "user-1", "flag": "digits", "name": "accuracy", "value": 1}).encode()
+    kind = {"content-type": "application/json"}
+    wrong = {**kind, "authorization": "Bearer not the token of this API"}
+    right = {**kind, "authorization": f"Bearer {stack_module.TOKEN}"}
+    assert stack.get("/v1/outcomes", method="POST", data=report, headers=kind)[0] == 401
+    assert stack.get("/v1/outcomes", method="POST", data=report, headers=wrong)[0] == 401
+    code, body = stack.get("/v1/outcomes", method="POST", data=report, headers=right)
+    assert code == 200, body
+    assert stack.get("/v1/status")[0] == 200
+
+
+def test_what_the_operators_page_tells_to_run_in_control_works(stack):
+    shown = stack.exec("control-1", "perch", "status")
+    assert shown.stdout.startswith("ready"), shown.stdout + shown.stderr
+    rendered = stack.exec("control-1", "perch", "envoy", "render", "--out", "/tmp/envoy-files")
+    assert "/tmp/envoy-files/lds.yaml" in rendered.stdout, rendered.stdout + rendered.stderr
+    validated = stack.exec("control-1", "perch", "envoy", "validate")
+    assert validated.returncode == 0, validated.stderr
+
+
+def test_the_kill_switch_of_envoy_needs_nothing_of_perch_and_outlasts_controls_restart(stack, stack_module):
+    rtds = "/var/lib/envoy/rtds.yaml"
+    assert f"sed -i 's/canary_pct: 100/canary_pct: 0/' {rtds}" in (stack_module.ROOT / "compose/README.md").read_text()
+    stack.exec("control-1", "sed", "-i", "s/canary_pct: 100/canary_pct: 0/", rtds)
+    nobody = dict.fromkeys(USERS, "stable")
+    until_so(stack, nobody)
+    stack.until_again("control-1", stack.kill("control-1"))
+    stack.until_settled()
+    assert stack.arms(USERS) == nobody
+    stack.exec("control-1", "sed", "-i", "s/canary_pct: 0/canary_pct: 100/", rtds)
+    until_so(stack, {user: wanted(user, 20) for user in USERS})
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_a_killed_container_costs_no_client_an_error_and_no_user_the_arm(stack, stack_module, container):
     with stack_module.Clients(stack, USERS[:20]) as clients:
@@ -136,8 +191,34 @@ def test_the_canary_gets_nobody_before_it_is_warm(stack, stack_module):
     with stack.health_checks():
         stack.compose("up", "--no-build", "--detach", "envoy")  # and what it depends on; the canary is not among it
         stack_module.until(lambda: stack.status().get("flags", {}).get("digits", {}).get("held"), "the flag held")
+        stack_module.until(lambda: stack.infer(USERS[0]).status == 200, "the first answer")
         assert set(stack.arms(USERS).values()) == {"stable"}
         assert stack.get("/readyz")[0] == 503
     stack.up()
     stack.until_settled()
     until_so(stack, {user: wanted(user, 20) for user in USERS})
+
+
+def test_the_overlay_brings_prometheus_the_numbers_of_all(stack, stack_module):
+    stack.overlay = ("compose.observability.yaml",)
+    stack.up()
+    stack.until_settled()
+    stack.arms(USERS)
+    for query in (
+        'sum(perch_request_count_total{flag="digits"}) >= 300',
+        'envoy_cluster_membership_healthy{envoy_cluster_name="digits_canary"} == 2',
+        'statsd_lines_total{metric="perch.decision.count"} > 0',
+        'statsd_lines_total{metric="perch.model.requests"} > 0',
+        "sum(up) == 3",
+    ):
+        stack_module.until(lambda query=query: stack.prometheus(query), query)
+
+
+def test_the_installed_package_has_the_artifacts_that_its_models_file_names(stack):
+    program = (
+        "from extproc.envoyfile import template_folder; from extproc.modelsfile import load_models; "
+        "print([d.joinpath('manifest.json').is_file() "
+        "for m in load_models(template_folder() / 'models.yaml') for d in m.artifacts.values()])"
+    )
+    found = stack.exec("control-1", "python", "-I", "-c", program)
+    assert found.stdout.strip() == "[True, True]", found.stderr

@@ -91,6 +91,14 @@ def desk(models):
     return Desk(models, CLOSED)
 
 
+def test_a_name_with_three_servers_behind_it_is_told_as_three(desk):
+    seen = View({"digits_canary": 2}, {"digits_canary": 3})
+    desk.look(seen, seen)
+    assert [text for kind, text, _ in desk.told if kind == "canary_warm"] == [
+        "digits: 2 of 3 canary servers ready; its share of users is sent there"
+    ]
+
+
 def test_a_gate_opens_after_two_looks_and_each_model_has_its_own(desk):
     desk.look(view(digits=1))
     assert desk.written == []
@@ -578,3 +586,65 @@ def test_close_gates_caps_every_flag_and_keeps_the_rest(folder, service):
     Path(folder.state / "flags.last-good.yaml").write_text(service.flags_yaml(5, salt="other"))
     close_gates(settings, models)
     assert json.loads((folder.state / "exposure.json").read_text())["flags"]["digits"]["salt"] == "other"
+
+
+async def test_control_closes_the_gates_when_it_starts_before_envoy_and_leaves_them_when_it_starts_again(
+    folder, service, envoy, start_control
+):
+    folder.put(service.flags_yaml(5))
+    folder.put_exposures(json.dumps({"seq": 7, "flags": {"digits": {"salt": "digits", "cap": 100}}}))
+    envoy.healthy["digits_canary"] = 1
+    beside_envoy = await start_control()
+    await beside_envoy.until(lambda: beside_envoy.readyz(200), "ready")
+    assert (beside_envoy.cap(), beside_envoy.exposures()["seq"]) == (100, 7)
+    await beside_envoy.end()
+    alone = await start_control(envoy_admin=f"unix:{folder.root}/not-there.sock")
+    assert (alone.cap(), alone.exposures()["seq"]) == (0, 8)
+
+
+async def test_writing_needs_the_token_where_others_reach_the_api_and_none_on_a_socket_of_this_machine(
+    folder, service, envoy, start_control
+):
+    folder.put(service.flags_yaml(5))
+    secret = folder.root / "token"
+    secret.write_text("correct-horse-battery\n")
+    control = await start_control(token_file=secret)
+    assert (await _post(control))[0] == 401
+    assert (await _post(control, "Bearer correct-horse-batterz"))[0] == 401
+    assert (await _post(control, "Bearer correct-horse-battery"))[0] in (200, 400)  # 400: no flag file yet
+    assert (await control.get("/v1/status"))[0] == 200
+    await control.end()
+    assert (await _post(await start_control()))[0] in (200, 400)
+
+
+async def _post(control, authorization=None):
+    connector = aiohttp.UnixConnector(str(control.listen))
+    headers = {} if authorization is None else {"authorization": authorization}
+    report = {"unit": "user-1", "flag": "digits", "name": "accuracy", "value": 1}
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.post("http://control/v1/outcomes", json=report, headers=headers) as answer,
+    ):
+        return answer.status, await answer.text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "No such file"), (b"short", "needs 16 characters"), ("zwölf-zwölf-zwölf".encode(), "plain characters")],
+)
+async def test_a_token_file_that_cannot_be_used_ends_control_with_one_line(folder, service, content, said):
+    secret = folder.root / "token"
+    if content is not None:
+        secret.write_bytes(content)
+    folder.put(service.flags_yaml(5))
+    environment = service.environment(folder, token_file=secret, control_listen=f"unix:{folder.root}/c.sock")
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-m", "extproc", "control"],
+        env=environment, cwd=folder.root, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("perch: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"perch: {secret}: ")
+    assert said in lines[0]
+    assert "Traceback" not in done.stderr

@@ -3,17 +3,20 @@ import importlib
 import os
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from extproc import app
 from extproc.address import AddressError, TcpAddress, UnixAddress, parse_address
 from extproc.envoyfile import (
     DEFAULT_FORWARDED,
     EnvoyFileError,
     EnvoySettings,
+    await_files,
     envoy_binary,
     forwarded_headers,
     render,
@@ -24,7 +27,9 @@ from extproc.envoyfile import (
     write,
 )
 from extproc.envoyfile.template import fill
+from extproc.envoyfile.write import WRITE_ORDER
 from extproc.modelsfile import Model
+from extproc.settings import Settings
 
 DIGITS = Model("digits", "/v2/models/digits/", ("unix:s0.sock", "unix:s1.sock"), ("unix:c0.sock",), "/warm")
 WORDS = Model("words", "/v2/models/words/", ("words.example:80",), (), "/v2/models/words/ready", deadline_s=0.25)
@@ -340,3 +345,24 @@ def test_a_file_that_perch_did_not_render_has_no_version():
     assert re.fullmatch("v[0-9a-f]{12}", version_of(render_filter(["x-a"])))
     with pytest.raises(EnvoyFileError, match="has no version_info"):
         version_of("resources: []\n")
+
+
+def test_envoy_knows_every_serve_that_is_named():
+    settings = app.envoy_settings(Settings(ext_proc="unix:/run/perch/a.sock, 10.0.0.7:9002", envoy_threads=3))
+    assert settings.ext_proc == ("unix:/run/perch/a.sock", "10.0.0.7:9002")
+    assert settings.concurrency == 3
+    assert app.envoy_settings(Settings(listen="unix:/s", workers=2)).ext_proc == ("unix:/s.0", "unix:/s.1")
+
+
+def test_an_address_of_serve_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="has no port"):
+        Settings(ext_proc="unix:/run/perch/a.sock,extproc-2")
+
+
+def test_envoy_waits_for_the_files_that_control_writes_and_not_for_ever(tmp_path):
+    with pytest.raises(EnvoyFileError, match=r"bootstrap\.yaml is not there after 0 s"):
+        await_files(tmp_path, 0)
+    writing = threading.Timer(0.2, lambda: [(tmp_path / name).write_text("") for name in WRITE_ORDER])
+    writing.start()
+    await_files(tmp_path, 30)
+    writing.join()

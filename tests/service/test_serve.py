@@ -413,3 +413,14 @@ def test_a_message_larger_than_a_megabyte_is_refused_and_the_server_lives(perch,
         perch.client().process(b"\x00" * (2 << 20))
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert perch.ask().what == ("canary", "SPLIT")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_answer_after_a_start_is_by_the_flag_file(folder, launch, service, workers):
+    """Envoy may not have noticed the restart, and would believe a `stable` that only means: not read yet."""
+    rules = "".join(f"\n  - {{name: r{n}, when: {{header: x-r, in: [a{n}]}}, serve: stable}}" for n in range(1000))
+    folder.put(service.flags_yaml(100, more=f"rules:{rules}"))  # takes some tenths of a second to read
+    perch = launch(workers=workers)
+    for worker in range(workers):
+        assert perch.client(worker).health() == 1
+        assert perch.ask(worker=worker).what == ("canary", "SPLIT")
