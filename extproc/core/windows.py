@@ -201,6 +201,7 @@ class Windows:
     _labels: dict[tuple[str, str], dict[str, int]] = field(default_factory=dict)
     _lanes: dict[object, Lane] = field(default_factory=dict)
     _strays: list[Lane] = field(default_factory=list)
+    _versions: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def lane(self, outcome: Outcome) -> Lane | None:
         """Where outcomes are counted that differ from this one only in how they ended; None for no inference route.
@@ -390,11 +391,14 @@ class Windows:
         key = SeriesKey(flag, cohort, version or NONE)
         if key in self.shown:
             return self.shown[key]
-        versions = sum(1 for known in self.shown if known.flag == flag and known.cohort == cohort)
+        versions = self._versions.get((flag, cohort), 0)
         if versions >= MAX_VERSIONS or len(self.shown) >= MAX_SERIES:
             self._drop("series")
             key = SeriesKey(flag, cohort, OTHER) if len(self.shown) < MAX_SERIES else SeriesKey(OTHER, OTHER, OTHER)
-        return self.shown.setdefault(key, Window())
+        if key not in self.shown:
+            self.shown[key] = Window()
+            self._versions[key.flag, key.cohort] = self._versions.get((key.flag, key.cohort), 0) + 1
+        return self.shown[key]
 
     def _labels_of(self, flag: str, cohort: str) -> dict[str, int]:
         key = (flag, cohort)
