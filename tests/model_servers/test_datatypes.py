@@ -232,6 +232,9 @@ LEFT_TO_THE_LONG_WAY = {
     "only booleans": _body([True] * 6),
     "null": _body([1.5] * 5 + [None]),
     "text as long as a row": _body(["abc", [1.5] * 3]),
+    "an integer beyond 64 bits": _body([-(2**63) - 1] + [1.5] * 5),
+    "an integer of 400 digits": _body([10**400] + [1.5] * 5),
+    "lists too deep": b"[" * 2000,
     "an integer that float64 rounds": _body([2**53 + 1] + [1] * 5),
     "too large for FP32": _body([1e39] + [1.5] * 5),
     "a key more": _body([1.5] * 6, id="a"),
@@ -250,6 +253,7 @@ LEFT_TO_THE_LONG_WAY = {
 def test_the_quick_way_leaves_to_the_long_way(case, monkeypatch):
     monkeypatch.setattr(floatmatrix, "WORTH_BYTES", 0)
     assert floatmatrix.read_float_matrix(LEFT_TO_THE_LONG_WAY[case], MATRIX.inputs[0]) is None
+    assert floatmatrix.read_float_matrix(_body([1.5] * 6), MATRIX.inputs[0]) is not None  # and works on behind it
 
 
 @pytest.mark.parametrize("rows", [1, 2, 200, 20_000])
