@@ -58,6 +58,8 @@ def engine(tools: dict[str, str]) -> Iterator[dict[str, str]]:
         finally:
             service.terminate()
             service.wait(30)
+            # Podman leaves its storage mounted on itself, and nobody could delete the folder.
+            subprocess.run(("umount", tools["STORAGE"]), capture_output=True, timeout=30, check=False)
 
 
 @pytest.fixture(scope="session")
