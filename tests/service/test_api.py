@@ -36,7 +36,9 @@ def facts():
 
 @pytest.fixture
 async def get(facts):
-    runner = web.AppRunner(make_api(Sources(facts.status, lambda: facts.missing, facts.envoy_stats, lambda: b"perch_up 1\n")))
+    runner = web.AppRunner(
+        make_api(Sources(facts.status, lambda: facts.missing, facts.envoy_stats, lambda: b"perch_up 1\n"))
+    )
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
