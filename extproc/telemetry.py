@@ -6,6 +6,7 @@ Knows no clock: the time is an argument, as in the core that it puts together.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from extproc.core.flags import Exposures, Flag
 from extproc.core.kpis import Kpis, Reported, Result, Served, unit_prefixes
@@ -18,6 +19,8 @@ from extproc.core.windows import Windows, stratum_of
 
 _MAX_SEQS = 4_096
 _MAX_LANES = 20_000
+_kind = itemgetter(0, 2, 3, 4, 5, 6, 13)
+"""Of an outcome: assignment, model, arm, served, inference, failed_open, model_version."""
 
 
 @dataclass(slots=True)
@@ -110,7 +113,7 @@ class Telemetry:
         windows, kpis, lanes = self.windows, self.kpis, self._lanes
         add, count, remember = windows.add, self.log.add, kpis.remember_in
         for outcome in outcomes:
-            lane = lanes.get(outcome[0:1] + outcome[2:7] + outcome[13:14])
+            lane = lanes.get(_kind(outcome))
             if lane is None or lane.generation != windows.generation:
                 lane = self._new_lane(outcome, now_s)
             count(lane.log, outcome)
@@ -133,7 +136,7 @@ class Telemetry:
         if window is None or not window.unknown:
             if len(self._lanes) >= _MAX_LANES:
                 self._lanes.clear()
-            self._lanes[outcome[0:1] + outcome[2:7] + outcome[13:14]] = lane
+            self._lanes[_kind(outcome)] = lane
         return lane
 
     def report(self, reported: Reported, now_s: float) -> Result:

@@ -21,6 +21,7 @@ core                  | core                                                    
 core.bucketing        | core                                                          | mmh3
 core.conditions       | core                                                          | re2
 core.kpis             | core                                                          | mmh3
+core.latency          | core                                                          | numpy
 core.schema           | core                                                          | pydantic
 core.ruleschema       | core                                                          | pydantic
 core.scalars          | core                                                          | pydantic

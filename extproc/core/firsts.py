@@ -17,7 +17,7 @@ BYTES = 1 << 20
 BITS = BYTES * 8
 MARKS = 4
 """Bits set for one unit. With four, 100,000 units lose less to the filter than to equal hashes; more cost only time."""
-LATELY = 8_192
+LATELY = 32_768
 
 _MASK = BITS - 1
 _WORD = (1 << 64) - 1
@@ -27,7 +27,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 @dataclass(slots=True)
 class Firsts:
-    """Remembers units. Takes 1 MiB from the first one on, and up to 1 MiB more for a fast answer about the latest."""
+    """Remembers units. Takes 1 MiB from the first one on, and up to 3 MiB more for a fast answer about the latest."""
 
     _bits: bytearray | None = None
     _lately: set[int] = field(default_factory=set)

@@ -5,9 +5,11 @@ H. K. Lee, DDSketch: a fast and fully-mergeable quantile sketch with relative-er
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, inf
+
+import numpy as np
 
 GAMMA = 1.04
 LOWEST_MS = 0.1
@@ -20,11 +22,20 @@ EDGES_MS: tuple[float, ...] = tuple(104**i / (10 * 100**i) for i in range(BINS))
 a power or a logarithm is not: a latency on an edge must not change its bin from one replica to the next."""
 
 _INNER = EDGES_MS[:-1]  # the last bin has no end
+_INNER_ARRAY = np.array(_INNER)
 
 
 def bin_of(ms: float) -> int:
     """The bin 0 .. BINS-1 of a duration, or REFUSED. Bin 0 is up to 0.1 ms, the last bin everything above 13.9 h."""
     return bisect_left(_INNER, ms) if 0.0 <= ms < inf else REFUSED
+
+
+def count_bins(durations_ms: Sequence[float]) -> dict[int, int]:
+    """How often each bin of `bin_of` occurs among the durations: for many of them at once."""
+    ms = np.asarray(durations_ms, dtype=np.float64)
+    bins = np.where((ms >= 0.0) & (ms < inf), np.searchsorted(_INNER_ARRAY, ms), REFUSED)
+    found, counts = np.unique(bins, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def edge_of(bin_: int) -> float:

@@ -15,6 +15,7 @@ from extproc.core.latency import (
     REFUSED,
     LatencyHistogram,
     bin_of,
+    count_bins,
     edge_of,
     parse_latency,
     value_of,
@@ -165,3 +166,9 @@ def test_recorded_pauses_have_every_percentile_in_the_bin_of_the_exact_one(numbe
     found = histogram(values).quantile_bins(shares)
     assert found == [bin_of(nearest_rank(values, share)) for share in shares]
     assert len(list(groupby(found))) > 20, "so many different bins that the comparison says something"
+
+
+@given(st.lists(st.one_of(st.floats(), st.sampled_from(EDGES_MS), st.floats(0, 1e5)), max_size=50))
+def test_many_durations_at_once_fall_into_the_bins_that_each_alone_does(durations):
+    counted = histogram(durations)
+    assert count_bins(durations) == counted.counts
