@@ -112,6 +112,8 @@ class Telemetry:
         """
         windows, kpis, lanes = self.windows, self.kpis, self._lanes
         add, count, remember = windows.add, self.log.add, kpis.remember_in
+        kpis.keep_time(now_s)
+        second = max(0, int(now_s))
         for outcome in outcomes:
             lane = lanes.get(_kind(outcome))
             if lane is None or lane.generation != windows.generation:
@@ -121,7 +123,7 @@ class Telemetry:
                 add(lane.window, outcome)
             if lane.kept and outcome.request_id:
                 kpi = lane.kpi if not outcome.aborted else kpis.lane(self._served(outcome, now_s))
-                remember(kpi, outcome.request_id, outcome.hash, now_s, now_s)
+                remember(kpi, outcome.request_id, outcome.hash, second)
 
     def _new_lane(self, outcome: Outcome, now_s: float) -> _Lane:
         window = self.windows.lane(outcome)

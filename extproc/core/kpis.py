@@ -277,31 +277,30 @@ class Kpis:
 
     def remember(self, request_id: str, served: Served, now_s: float) -> bool:
         """Keeps who was served, and joins what was reported before. False for an id that is known, or no room."""
-        lane = self.lane(served)
+        self.keep_time(now_s)
         time_s = served.time_s if 0 < served.time_s < now_s else now_s
-        return self.remember_in(lane, request_id, served.hash, time_s, now_s)
+        return self.remember_in(self.lane(served), request_id, served.hash, max(0, int(time_s)))
 
-    def remember_in(
-        self, lane: Lane | None, request_id: str, unit_hash: int | None, time_s: float, now_s: float
-    ) -> bool:
-        """The same for a lane that is known: the path of every entry of the access log."""
-        if not 0 <= now_s - self._advanced_s < 1:
-            self.advance(now_s)
-        served, order = self._served, self._order
+    def remember_in(self, lane: Lane | None, request_id: str, unit_hash: int | None, second: int) -> bool:
+        """The same for a lane that is known, at a whole second from 0: the path of every entry of the access log.
+
+        Who calls it has said the time with `keep_time`.
+        """
+        served = self._served
         place = _place(request_id)
         if place in served:
             return False
         if lane is None:
             self.counts.unkept += 1
             return False
-        packed = lane.group | int(max(0, time_s))
-        unit = lane.split | unit_hash if lane.split and unit_hash is not None else 0
-        served[place] = packed
-        order.append(place)
-        order.append(unit)
+        group, split = lane
+        served[place] = packed = group | second
+        unit = 0
+        if split and unit_hash is not None:
+            self._units[split | unit_hash] = packed
+            unit = split | unit_hash
+        self._order += (place, unit)
         self.counts.remembered += 1
-        if unit:
-            self._units[unit] = packed
         if self._early:
             self._join_early(place, packed)
             self._join_early(unit, packed)
@@ -328,6 +327,11 @@ class Kpis:
         if unit and self._units.get(unit) is packed:
             del self._units[unit]
 
+    def keep_time(self, now_s: float) -> None:
+        """`advance`, if a second has passed or the clock has stepped."""
+        if not 0 <= now_s - self._advanced_s < 1:
+            self.advance(now_s)
+
     def advance(self, now_s: float) -> None:
         """Forgets what is old, counts what waited in vain. The other calls do it too, once a second."""
         self._advanced_s = now_s
@@ -345,8 +349,7 @@ class Kpis:
 
     def report(self, reported: Reported, now_s: float) -> Result:
         """Takes one report. What is joined or pending will be in the sums or be counted as unknown, once."""
-        if not 0 <= now_s - self._advanced_s < 1:
-            self.advance(now_s)
+        self.keep_time(now_s)
         result = self._report(reported, now_s)
         match result.state:
             case State.DUPLICATE:
