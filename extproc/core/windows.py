@@ -222,26 +222,8 @@ class Windows:
         The path of every entry of the log, so it does once what two views need: `settle` adds it to both, and finds the
         bins of durations for many at once.
         """
-        (
-            _,
-            unit_hash,
-            _,
-            _,
-            _,
-            _,
-            _,
-            status,
-            _,
-            deadline,
-            aborted,
-            upstream_ms,
-            total_ms,
-            _,
-            predictions,
-            count,
-            _,
-            _,
-        ) = outcome
+        unit_hash = outcome.hash
+        status, _, deadline, aborted, upstream_ms, total_ms, _, predictions, count = outcome[7:16]
         tally = lane.now
         if aborted:
             tally.aborted += 1
@@ -250,8 +232,7 @@ class Windows:
         bad = lane.fell_back
         if deadline or not 0 < status < 500:
             bad = True
-            error = "deadline" if deadline else "5xx" if status else "no_answer"
-            tally.errors[error] = tally.errors.get(error, 0) + 1
+            _count_error(tally, "deadline" if deadline else "5xx" if status else "no_answer")
         if bad:
             tally.bad += 1
         if lane.measured:
@@ -409,6 +390,10 @@ class Windows:
 
     def _drop(self, what: str) -> None:
         self.dropped[what] = self.dropped.get(what, 0) + 1
+
+
+def _count_error(tally: Tally, error: str) -> None:
+    tally.errors[error] = tally.errors.get(error, 0) + 1
 
 
 def stratum_of(assignment: Assignment) -> str:
