@@ -232,6 +232,7 @@ class Windows:
         bad = lane.fell_back
         if deadline or not 0 < status < 500:
             bad = True
+            # Outcome.error, without a call for each of the many that went well.
             _count_error(tally, "deadline" if deadline else "5xx" if status else "no_answer")
         if bad:
             tally.bad += 1

@@ -6,10 +6,11 @@ from collections import Counter
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made import good_outcome
 
 from extproc.core.gcounter import GCounter, Message, Process
 from extproc.core.latency import bin_of
-from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.outcomes import Assignment
 from extproc.core.predictions import OTHER, Kind
 from extproc.core.windows import (
     MAX_VERSIONS,
@@ -30,28 +31,7 @@ def assigned(cohort="stable", *, flag="digits", reason="SPLIT", rule="", version
 
 def outcome(assignment=None, **changed):
     """An inference request that went well, served as assigned, unless told otherwise."""
-    arm = assignment.cohort if assignment else "stable"
-    plain = Outcome(
-        assignment=assignment,
-        hash=None if assignment is None else 7,
-        model="digits",
-        arm=arm,
-        served=arm,
-        inference=True,
-        failed_open=False,
-        status=200,
-        attempts=1,
-        deadline=False,
-        aborted=False,
-        upstream_ms=3.0,
-        total_ms=4.0,
-        model_version="1",
-        predictions="4",
-        prediction_count=1,
-        request_id=f"id-{next(ids)}",
-        ended_s=1000.0,
-    )
-    return plain._replace(**changed)
+    return good_outcome(assignment, **changed)
 
 
 def counted(*outcomes, steps=lambda _flag, _version: 0):

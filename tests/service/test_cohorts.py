@@ -7,12 +7,13 @@ from dataclasses import asdict
 from decimal import Decimal
 
 import pytest
+from made import good_outcome
 
 from extproc.cohorts import TOP, cohorts_of, percentiles, plain_drift
 from extproc.core.drift import Drift
 from extproc.core.flags import Exposure, Exposures, Flag
 from extproc.core.kpis import Reported
-from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.outcomes import Assignment
 from extproc.core.reconcile import Difference
 from extproc.core.windows import RECENT_S, Tally
 from extproc.telemetry import Steps, Telemetry
@@ -23,27 +24,8 @@ IDS = itertools.count()
 def outcome(cohort="stable", flag="digits", **changed):
     """An inference request that went well, served as assigned, unless told otherwise."""
     reason, version = changed.pop("reason", "SPLIT"), changed.pop("version", "abc.1")
-    plain = Outcome(
-        assignment=Assignment(flag, "digits", cohort, reason, "", version),
-        hash=next(IDS),
-        model="digits",
-        arm=cohort,
-        served=cohort,
-        inference=True,
-        failed_open=False,
-        status=200,
-        attempts=1,
-        deadline=False,
-        aborted=False,
-        upstream_ms=3.0,
-        total_ms=4.0,
-        model_version="1",
-        predictions="4",
-        prediction_count=1,
-        request_id=f"id-{next(IDS)}",
-        ended_s=1000.0,
-    )
-    return plain._replace(**changed)
+    assignment = Assignment(flag, "digits", cohort, reason, "", version)
+    return good_outcome(assignment, **{"hash": next(IDS), **changed})
 
 
 class Seen:

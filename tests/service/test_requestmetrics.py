@@ -11,13 +11,14 @@ from collections import Counter
 from decimal import Decimal
 
 import pytest
+from made import good_outcome
 from prometheus_client.parser import text_string_to_metric_families
 
 from extproc.accesslog import Counts as LogCounts
 from extproc.core.flags import Exposures, Flag
 from extproc.core.kpis import Reported
 from extproc.core.latency import bin_of, edge_of, value_of
-from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.outcomes import Assignment
 from extproc.core.reconcile import Difference
 from extproc.core.windows import MAX_SERIES
 from extproc.metricnames import BY_NAME, Kind
@@ -41,27 +42,7 @@ IDS = itertools.count()
 
 def outcome(flag="digits", cohort="stable", **changed):
     """An inference request that went well, served as assigned, unless told otherwise."""
-    plain = Outcome(
-        assignment=Assignment(flag, "digits", cohort, "SPLIT", "", "abc.1"),
-        hash=7,
-        model="digits",
-        arm=cohort,
-        served=cohort,
-        inference=True,
-        failed_open=False,
-        status=200,
-        attempts=1,
-        deadline=False,
-        aborted=False,
-        upstream_ms=3.0,
-        total_ms=4.0,
-        model_version="1",
-        predictions="4",
-        prediction_count=1,
-        request_id=f"id-{next(IDS)}",
-        ended_s=1000.0,
-    )
-    return plain._replace(**changed)
+    return good_outcome(Assignment(flag, "digits", cohort, "SPLIT", "", "abc.1"), **changed)
 
 
 class Heard:

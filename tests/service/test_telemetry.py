@@ -3,10 +3,11 @@
 from decimal import Decimal
 
 import mmh3
+from made import good_outcome
 
 from extproc.core.flags import Exposure, Exposures, Flag
 from extproc.core.kpis import Reported, State
-from extproc.core.outcomes import Assignment, Outcome
+from extproc.core.outcomes import Assignment
 from extproc.core.windows import CellKey, SeriesKey
 from extproc.telemetry import Steps, Telemetry
 
@@ -14,27 +15,8 @@ FLAG = Flag(key="digits", model="digits", salt="s", percent=Decimal(50))
 
 
 def outcome(request_id, cohort="stable", **changed):
-    plain = Outcome(
-        assignment=Assignment("digits", "digits", cohort, "SPLIT", "", "abc.1"),
-        hash=7,
-        model="digits",
-        arm=cohort,
-        served=cohort,
-        inference=True,
-        failed_open=False,
-        status=200,
-        attempts=1,
-        deadline=False,
-        aborted=False,
-        upstream_ms=3.0,
-        total_ms=4.0,
-        model_version="1",
-        predictions="4",
-        prediction_count=1,
-        request_id=request_id,
-        ended_s=1000.0,
-    )
-    return plain._replace(**changed)
+    assignment = Assignment("digits", "digits", cohort, "SPLIT", "", "abc.1")
+    return good_outcome(assignment, **{"request_id": request_id, **changed})
 
 
 def made(exposures=None, kept=lambda _version: None):
