@@ -204,7 +204,7 @@ class Control:
             return
         names = forwarded_headers(name for flag in flags for name in headers_of(flag))
         try:
-            changed = write(self.settings.xds, {"ecds.yaml": render_filter(names)})
+            changed = write(self.settings.xds, {"ecds.yaml": render_filter(names, envoy_settings(self.settings))})
         except EnvoyFileError as error:
             self.tell("envoy_files_not_written", str(error), True)
             return

@@ -103,6 +103,21 @@ def headers_read(condition: Condition) -> frozenset[str]:
             return frozenset[str]().union(*map(headers_read, inners))
 
 
+def headers_needed(condition: Condition) -> frozenset[str] | None:
+    """Headers of which at least one must be there for the condition to be true. None: it can be true without any."""
+    match condition:
+        case Leaf(subject=Subject.HEADER | Subject.COOKIE):
+            return headers_read(condition)
+        case All(inners):
+            return next((headers for inner in inners if (headers := headers_needed(inner)) is not None), None)
+        case AnyOf(inners):
+            every = [headers_needed(inner) for inner in inners]
+            known = [headers for headers in every if headers is not None]
+            return frozenset[str]().union(*known) if len(known) == len(every) else None
+        case _:
+            return None
+
+
 def needed_leaf(condition: Condition) -> Leaf | None:
     """A comparison without which the condition cannot be true, None if there is no single one."""
     match condition:
@@ -123,11 +138,22 @@ def compile_condition(condition: Condition) -> Test:
             test = compile_condition(inner)
             return lambda request: not test(request)
         case All(inners):
-            tests = tuple(map(compile_condition, inners))
-            return lambda request: all(test(request) for test in tests)
+            return _first_that_is(False, inners)
         case AnyOf(inners):
-            tests = tuple(map(compile_condition, inners))
-            return lambda request: any(test(request) for test in tests)
+            return _first_that_is(True, inners)
+
+
+def _first_that_is(decisive: bool, conditions: Iterable[Condition]) -> Test:  # noqa: FBT001  any with True, all with False
+    """`decisive` as soon as one of the conditions is, else the opposite. A loop costs half of any() and all()."""
+    tests = tuple(map(compile_condition, conditions))
+
+    def test(request: Request) -> bool:
+        for each in tests:
+            if each(request) is decisive:
+                return decisive
+        return not decisive
+
+    return test
 
 
 def _compile_leaf(leaf: Leaf) -> Test:

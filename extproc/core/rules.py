@@ -19,6 +19,7 @@ from extproc.core.conditions import (
     ValueTest,
     compile_condition,
     compile_regex,
+    headers_needed,
     needed_leaf,
     quote_regex,
     subject_test,
@@ -33,10 +34,11 @@ Outcome = TypeVar("Outcome")
 class Group(Generic[Outcome]):
     """Rules in a row, each a test and what it leads to, in order.
 
-    Where `header` is absent none of them matches, and neither where `could_match` is false. None: nothing is known.
+    Where all of `headers` are absent none of them matches, and neither where `could_match` is false. None: nothing is
+    known.
     """
 
-    header: bytes | None
+    headers: frozenset[bytes] | None
     could_match: Test | None
     rules: tuple[tuple[Test, Outcome], ...]
 
@@ -49,7 +51,8 @@ def compile_rules(rules: Iterable[tuple[Condition, Outcome]]) -> tuple[Group[Out
         compiled = tuple((compile_condition(condition), outcome) for condition, outcome in run)
         leaves = [leaf for condition, _ in run if (leaf := needed_leaf(condition)) is not None]
         worth_it = subject is not None and len(run) > 1
-        groups.append(Group(_header(subject), _could_match(leaves) if worth_it else None, compiled))
+        headers = _headers(condition for condition, _ in run)
+        groups.append(Group(headers, _could_match(leaves) if worth_it else None, compiled))
     return tuple(groups)
 
 
@@ -58,14 +61,15 @@ def _subject(condition: Condition) -> tuple[Subject, str] | None:
     return None if leaf is None else (leaf.subject, leaf.name)
 
 
-def _header(subject: tuple[Subject, str] | None) -> bytes | None:
-    match subject:
-        case (Subject.HEADER, name):
-            return name.encode()
-        case (Subject.COOKIE, _):
-            return b"cookie"
-        case _:
+def _headers(conditions: Iterable[Condition]) -> frozenset[bytes] | None:
+    """Without any of these headers none of the conditions is true. None where one could be."""
+    found: set[bytes] = set()
+    for condition in conditions:
+        headers = headers_needed(condition)
+        if headers is None:
             return None
+        found.update(name.encode() for name in headers)
+    return frozenset(found)
 
 
 def _could_match(leaves: Sequence[Leaf]) -> Test:
@@ -95,7 +99,7 @@ def first_match(groups: Iterable[Group[Outcome]], request: Request) -> Outcome |
     """What the first matching rule leads to; None if none matches."""
     headers = request.headers
     for group in groups:
-        if group.header is not None and group.header not in headers:
+        if group.headers is not None and group.headers.isdisjoint(headers):
             continue
         if group.could_match is not None and not group.could_match(request):
             continue

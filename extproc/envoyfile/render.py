@@ -34,19 +34,19 @@ def render(
         "bootstrap.yaml": to_text(_bootstrap(settings), "envoy/bootstrap.yaml"),
         "cds.yaml": to_resources(_clusters(models, settings), "envoy/clusters.yaml"),
         "rtds.yaml": render_runtime(models, killed),
-        "ecds.yaml": render_filter(forwarded),
+        "ecds.yaml": render_filter(forwarded, settings),
         "rds.yaml": to_resources([_routes(models, settings)], "envoy/routes.yaml"),
         "lds.yaml": to_resources([_listener(settings)], "envoy/listener.yaml"),
     }
     return {name: files[name] for name in WRITE_ORDER}
 
 
-def render_filter(forwarded: Collection[str]) -> str:
+def render_filter(forwarded: Collection[str], settings: EnvoySettings) -> str:
     """ecds.yaml alone: the ext_proc filter, forwarding `forwarded`. Its `version_info` changes with its content."""
     resource = {
         "@type": "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
         "name": _EXT_PROC,
-        "typed_config": _ext_proc(forwarded),
+        "typed_config": _ext_proc(forwarded, settings),
     }
     return to_resources([resource], "envoy/ext_proc.yaml")
 
@@ -104,14 +104,16 @@ def _listener(settings: EnvoySettings) -> Tree:
             else "%RESP(x-model-version)%",
             "canary_log": str(settings.run_dir.absolute() / log) if log else None,
             "logged_headers": [name.lower() for name in settings.logged_headers],
-            "default_ext_proc": _ext_proc(DEFAULT_FORWARDED),
+            "default_ext_proc": _ext_proc(DEFAULT_FORWARDED, settings),
         },
     )
 
 
-def _ext_proc(forwarded: Collection[str]) -> Tree:
+def _ext_proc(forwarded: Collection[str], settings: EnvoySettings) -> Tree:
     patterns = [{"exact": name} for name in sorted({name.lower() for name in forwarded})]
-    return fill(load_template("ext_proc.yaml"), {"forwarded": patterns})
+    addresses = [_address(text, settings, "ext_proc") for text in settings.ext_proc]
+    several = len(addresses) > 1 or any(isinstance(one, TcpAddress) and one.is_name for one in addresses)
+    return fill(load_template("ext_proc.yaml"), {"forwarded": patterns, "several_servers": several})
 
 
 def _routes(models: Sequence[Model], settings: EnvoySettings) -> Tree:

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_FORWARDED = (":path", ":method", "x-user-id", "x-session-id", "x-force-cohort", "x-request-id")
-"""What perch gets to see of a request when no rule names more. The default unit, the token, the id, and the path."""
+DEFAULT_FORWARDED = (":path", "x-user-id", "x-session-id", "x-force-cohort")
+"""What perch gets to see of a request when no flag reads more: the path, the default units, the token."""
+REQUEST_ID = "x-request-id"
 
 
 class EnvoyFileError(Exception):
@@ -54,6 +55,6 @@ def forwarded_headers(names: Iterable[str] = ()) -> tuple[str, ...]:
         lower = name.strip().lower()
         if lower.startswith("cookie:"):
             wanted.add("cookie")
-        elif lower and lower != "random":
-            wanted.add(lower)
+        elif lower:
+            wanted.add(REQUEST_ID if lower == "random" else lower)
     return tuple(sorted(wanted))

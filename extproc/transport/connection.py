@@ -14,6 +14,7 @@ from extproc.transport.allowance import IDLE_FRAME, SMALL_FRAME, Allowance
 from extproc.transport.calls import Answer, Calls
 from extproc.transport.control import Control
 from extproc.transport.errors import ErrorCode, Http2ConnectionError, Http2StreamError
+from extproc.transport.exchanges import Exchanges
 from extproc.transport.frames import CONTINUATION, DATA, END_HEADERS, END_STREAM, HEAD_BYTES, HEADERS, PADDED
 from extproc.transport.heads import Call, Head, HeadReader
 from extproc.transport.messages import PREFIX_BYTES
@@ -55,6 +56,7 @@ class Connection:
         "_control",
         "_credit",
         "_credit_low",
+        "_exchanges",
         "_greeted",
         "_heads",
         "_limits",
@@ -73,6 +75,7 @@ class Connection:
         self._allowance = Allowance(limits)
         self._calls = Calls(answer, serving, self._streams, self._sender, limits)
         self._control = Control(self._streams, self._sender, self._heads, self._allowance, limits)
+        self._exchanges = Exchanges(answer, self._heads, self._streams, self._sender, limits)
         self._credit = max(limits.connection_window_bytes, frames.DEFAULT_WINDOW)
         self._credit_low = self._credit // 2
         self._greeted = False
@@ -148,7 +151,7 @@ class Connection:
     @property
     def open_streams(self) -> int:
         """How many requests are under way."""
-        return len(self._open)
+        return self._streams.under_way
 
     # Frames.
 
@@ -160,9 +163,13 @@ class Connection:
             place = self._greet(data)
             if not self._greeted:
                 return data
-        control = self._control
+        control, brief = self._control, self._streams.brief
         unpack = frames.FRAME_HEAD.unpack_from
-        while end - place >= HEAD_BYTES:
+        while True:
+            if self._block is None and not control.leaving:
+                place = self._ordinary(data, place)
+            if end - place < HEAD_BYTES:
+                return data[place:]
             high, low, kind, flags, stream_id = unpack(data, place)
             begin = place + HEAD_BYTES
             place = begin + low
@@ -171,6 +178,8 @@ class Connection:
             if place > end:
                 return data[begin - HEAD_BYTES :]
             stream_id &= 0x7FFFFFFF
+            if stream_id in brief:
+                self._exchanges.unfold(stream_id)
             try:
                 if self._block is not None:
                     self._continue(kind, flags, stream_id, data[begin:place])
@@ -187,7 +196,13 @@ class Connection:
                 self._stream_error(error)
             if control.leaving and control.leave_if_done():
                 return b""
-        return data[place:]
+
+    def _ordinary(self, data: bytes, place: int) -> int:
+        """Deals with ordinary exchanges; returns the place of the first frame that is something else."""
+        place, used, answers = self._exchanges.run(data, place, self._credit - self._credit_low)
+        self._credit -= used
+        self._calls.answered += answers
+        return place
 
     def _greet(self, data: bytes) -> int:
         """The client's preface: its magic bytes, then a SETTINGS frame (RFC 9113 3.4). Returns where frames begin."""
@@ -307,7 +322,7 @@ class Connection:
         self._streams.last_id = stream_id
         if head.fault or self_dependent:
             raise Http2StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, head.fault or "stream depends on itself")
-        if len(self._open) >= self._limits.max_concurrent_streams or self._control.drained:
+        if self._streams.under_way >= self._limits.max_concurrent_streams or self._control.drained:
             raise Http2StreamError(stream_id, ErrorCode.REFUSED_STREAM, "too many streams, or too late")
         stream = Stream(stream_id, head, self._sender.initial_window, _STREAM_CREDIT)
         self._open[stream_id] = stream

@@ -159,7 +159,7 @@ class Control:
 
     def leave_if_done(self) -> bool:
         """Ends a connection on which a side wants no new streams, once none is open. Asked after each frame."""
-        if self._streams.open:
+        if self._streams.under_way:
             return False
         if not self.drained:
             self._sender.add(frames.goaway(self._streams.last_id, ErrorCode.NO_ERROR))
@@ -175,7 +175,7 @@ class Control:
             self._pinged_s = None
         self._waits_since_s = self._overdue(self._waits_since_s, now_s, waits=not greeted or bool(self._asked))
         self._block_since_s = self._overdue(self._block_since_s, now_s, waits=within_block)
-        if self._streams.open or self._streams.last_id != self._last_id:
+        if self._streams.under_way or self._streams.last_id != self._last_id:
             self._last_id = self._streams.last_id
             self._used_s = now_s
         elif now_s - self._used_s >= limits.idle_s:

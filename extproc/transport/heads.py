@@ -55,6 +55,8 @@ class Head:
     """Why the request is malformed (RFC 9113 8.1.1), "" if it is not."""
 
 
+_ORDINARY: Final = Head(Call.PROCESS)
+
 # RFC 9113 8.2.1; a colon is only allowed as the first character, of pseudo-header fields.
 _BAD_NAME: Final = re.compile(rb"[\x00-\x20A-Z\x7f-\xff:]")
 _BAD_VALUE: Final = re.compile(rb"[\x00\r\n]|^[ \t]|[ \t]$")
@@ -68,12 +70,14 @@ _GRPC_TYPE: Final = re.compile(rb"application/grpc(\+proto)?\s*(;|$)", re.IGNORE
 class HeadReader:
     """Decodes the header blocks of one connection."""
 
-    __slots__ = ("_decoder", "_known", "_stateless")
+    __slots__ = ("_decoder", "_known", "_stateless", "ordinary")
 
     def __init__(self, max_header_bytes: int) -> None:
         self._decoder = Decoder(max_header_list_size=max_header_bytes)
         self._known: dict[bytes, Head] = {}
         self._stateless = False
+        self.ordinary: set[bytes] = set()
+        """Blocks of Process requests that mean the same each time."""
 
     def table_size_zero_acknowledged(self) -> None:
         """From now on a block must begin by giving up the dynamic table, unless that was done (RFC 9113 4.3.1)."""
@@ -88,7 +92,10 @@ class HeadReader:
         if self._stateless and len(block) <= CACHED_BLOCK_BYTES:
             if len(self._known) >= CACHED_BLOCKS:
                 self._known.clear()  # a peer whose blocks differ each time gains nothing from any order of eviction
+                self.ordinary.clear()
             self._known[block] = head
+            if head == _ORDINARY:
+                self.ordinary.add(block)
         return head
 
     def trailers(self, block: bytes) -> str:

@@ -33,25 +33,25 @@ _NEXT_REPLY: Final = Struct(">BHHIBI")
 class Sender:
     """Builds the frames of our answers."""
 
-    __slots__ = ("_limits", "_parts", "_streams", "initial_window", "max_frame", "window")
+    __slots__ = ("_limits", "_streams", "initial_window", "max_frame", "parts", "window")
 
     def __init__(self, streams: Streams, limits: Limits) -> None:
         self._streams = streams
         self._limits = limits
-        self._parts: list[bytes] = []
+        self.parts: list[bytes] = []
         self.window = frames.DEFAULT_WINDOW
         self.initial_window = frames.DEFAULT_WINDOW
         self.max_frame = frames.DEFAULT_FRAME_BYTES
 
     def take(self) -> bytes:
         """All bytes gathered since the last call."""
-        data = b"".join(self._parts)
-        self._parts.clear()
+        data = b"".join(self.parts)
+        self.parts.clear()
         return data
 
     def add(self, raw: bytes) -> None:
         """Frames that no window holds back."""
-        self._parts.append(raw)
+        self.parts.append(raw)
 
     def reply(self, stream: Stream, payload: bytes) -> None:
         """One gRPC message, behind the response headers if it is the first."""
@@ -70,12 +70,12 @@ class Sender:
                 _HEADERS_OF_REPLY, number, messages.REPLY_BLOCK,
                 size >> 16, size & 0xFFFF, 0, number, 0, size - messages.PREFIX_BYTES,
             )  # fmt: skip
-        self._parts += (head, payload)
+        self.parts += (head, payload)
 
     def finish_ok(self, stream: Stream) -> None:
         """The end of a complete request that was answered: what `finish` does with OK_TRAILERS, in the common case."""
         if stream.answered and stream.queue is None:
-            self._parts.append(_END.pack(_HEAD_OF_END, stream.id, messages.OK_TRAILERS))
+            self.parts.append(_END.pack(_HEAD_OF_END, stream.id, messages.OK_TRAILERS))
             self._streams.close(stream.id, Life.ENDED)
         else:
             self.finish(stream, messages.OK_TRAILERS)

@@ -61,10 +61,22 @@ class Stream:
 class Streams:
     """Open streams by identifier, what they hold in memory together, and a bounded memory of closed ones."""
 
-    __slots__ = ("_closed", "_closed_before", "blocked", "last_id", "open", "partial_bytes", "queued_bytes", "watchers")
+    __slots__ = (
+        "_closed",
+        "_closed_before",
+        "blocked",
+        "brief",
+        "last_id",
+        "open",
+        "partial_bytes",
+        "queued_bytes",
+        "watchers",
+    )
 
     def __init__(self) -> None:
         self.open: dict[int, Stream] = {}
+        self.brief: dict[int, tuple[int, int]] = {}
+        """Open ones that were answered without a Stream: body bytes received, and sent. In `open` or here, not both."""
         self.blocked: dict[int, Stream] = {}
         """Those whose queue waits for a window, the one that waits longest first."""
         self.watchers: dict[int, Stream] = {}
@@ -76,11 +88,20 @@ class Streams:
         self._closed: dict[int, Life] = {}
         self._closed_before: dict[int, Life] = {}
 
-    def close(self, stream_id: int, life: Life) -> None:
-        """Remembers how a stream ended and frees everything else of it."""
+    @property
+    def under_way(self) -> int:
+        """How many are open."""
+        return len(self.open) + len(self.brief)
+
+    def closed(self) -> dict[int, Life]:
+        """Where to write how streams end whose end frees nothing else."""
         if len(self._closed) >= REMEMBERED:
             self._closed_before, self._closed = self._closed, {}
-        self._closed[stream_id] = life
+        return self._closed
+
+    def close(self, stream_id: int, life: Life) -> None:
+        """Remembers how a stream ended and frees everything else of it."""
+        self.closed()[stream_id] = life
         stream = self.open.pop(stream_id, None)
         if stream is None:
             return

@@ -96,6 +96,14 @@ def test_a_forwarded_header_changes_the_filter_file_alone():
     assert version_of(before["ecds.yaml"]) != version_of(after["ecds.yaml"])
 
 
+def test_a_request_is_sent_again_only_where_there_is_another_server_to_ask():
+    for servers, again in {("unix:a.sock",): False, ("10.0.0.7:9002",): False, ("serve:1",): True}.items():
+        assert ("retry_policy" in render_filter([], replace(SETTINGS, ext_proc=servers))) is again
+    several = render_filter([], SETTINGS)
+    assert "retry_host_predicate" in several
+    assert "max_interval" not in several  # Envoy would end each try after it
+
+
 def test_a_new_model_changes_neither_listener_nor_filter_nor_bootstrap():
     before, after = render([DIGITS], SETTINGS), render([DIGITS, WORDS], SETTINGS)
     assert {name for name in before if before[name] != after[name]} == {"cds.yaml", "rds.yaml", "rtds.yaml"}
@@ -114,7 +122,7 @@ def test_the_kill_switch_is_zero_or_a_hundred_per_model():
 def test_rules_and_units_add_the_headers_they_need():
     assert forwarded_headers() == tuple(sorted(DEFAULT_FORWARDED))
     named = forwarded_headers(["X-Tenant", "cookie:uid", "random", "x-user-id", "x-tenant"])
-    assert named == tuple(sorted({*DEFAULT_FORWARDED, "x-tenant", "cookie"}))
+    assert named == tuple(sorted({*DEFAULT_FORWARDED, "x-tenant", "cookie", "x-request-id"}))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +350,7 @@ def _no_module(name):
 
 
 def test_a_file_that_perch_did_not_render_has_no_version():
-    assert re.fullmatch("v[0-9a-f]{12}", version_of(render_filter(["x-a"])))
+    assert re.fullmatch("v[0-9a-f]{12}", version_of(render_filter(["x-a"], SETTINGS)))
     with pytest.raises(EnvoyFileError, match="has no version_info"):
         version_of("resources: []\n")
 

@@ -24,7 +24,7 @@ from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable
 from extproc.envoyfile import EnvoySettings, envoy_command, forwarded_headers, render, write
 from extproc.modelsfile import Model, own_sockets
 
-TEST_HEADERS = ("x-test-cohort", "x-test-model", "x-test-header")
+TEST_HEADERS = ("x-test-cohort", "x-test-model", "x-test-header", "random")
 DEADLINE_S = 20.0
 
 

@@ -1,13 +1,16 @@
 """What `perch check` says about headers that never arrive, asked of the real Envoy."""
 
 import asyncio
+from pathlib import Path
 
 from extproc.core.advice import NOT_FORWARDED
-from extproc.envoyfile import forwarded_headers
-from extproc.envoyfile.render import render_filter
+from extproc.envoyfile import EnvoySettings, forwarded_headers, render_filter
 
 NAMES = sorted({*NOT_FORWARDED, "x-perch-anything"})
 ARRIVES = ("x-tenant", "x-envoy-external-address", "x-client-request-id", "accept-language", "content-type")
+
+
+ONE_SERVER = EnvoySettings(run_dir=Path("/run/perch"), ext_proc=("unix:a.sock",), access_log="unix:als.sock")
 
 
 async def ask(port: int, lines: list[str]) -> bytes:
@@ -25,7 +28,7 @@ async def test_headers_that_are_said_never_to_arrive_do_not_and_others_do(runnin
 
     def forward_all(files):
         forwarded = forwarded_headers([*NAMES, *ARRIVES])
-        patient = render_filter(forwarded).replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
+        patient = render_filter(forwarded, ONE_SERVER).replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
         assert "x-perch-anything" in patient
         return files | {"ecds.yaml": patient}
 

@@ -14,7 +14,7 @@ from extproc.envoyfile import forwarded_headers, render_filter, render_runtime, 
 async def test_a_newly_forwarded_header_reaches_perch_on_the_open_connection(edge):
     await edge.infer(x_tenant="acme")
     assert "x-tenant" not in edge.decider.seen[-1]
-    text = render_filter(forwarded_headers(["x-test-cohort", "X-Tenant", "cookie:uid"]))
+    text = render_filter(forwarded_headers(["x-test-cohort", "X-Tenant", "cookie:uid"]), edge.settings)
     assert write(edge.settings.files, {"ecds.yaml": text}) == ("ecds.yaml",)
     await edge.until(lambda: edge.filter_is(version_of(text)))
     await edge.infer(x_tenant="acme", cookie="uid=7")
