@@ -102,15 +102,22 @@ class Answering:
         choices = self.answerer.published.ruleset.choices
         entries = iter(seen)
         by_flag: dict[str, Counter[int]] = {}
+        requests: Counter[str] = Counter()
         while some := list(islice(entries, SLICE)):
+            # A ruleset published meanwhile has other choices: at worst a second's units count for another flag.
+            flags = {index: choices[min(index, len(choices) - 1)].flag for index in {entry >> 32 for entry in some}}
+            for index, n in Counter([entry >> 32 for entry in some]).items():
+                requests[flags[index]] += n
+            # Of so many, a unit that came once is none of those looked for, and nearly all came once.
+            once_counts = len(some) < SLICE
             for entry, n in Counter(some).items():
-                # A ruleset published meanwhile has other choices: at worst a second's units count for another flag.
-                flag = choices[min(entry >> 32, len(choices) - 1)].flag
-                by_flag.setdefault(flag, Counter())[entry & 0xFFFFFFFF] += n
+                if n > 1 or once_counts:
+                    by_flag.setdefault(flags[entry >> 32], Counter())[entry & 0xFFFFFFFF] += n
             await asyncio.sleep(0)
-        for flag, counts in by_flag.items():
+        for flag, n in requests.items():
+            counts = by_flag.get(flag, Counter())
             heavy = self._heavy.setdefault(flag, HeavyHitters())
-            heavy.add(counts, now_s)
+            heavy.add(counts, now_s, n - counts.total())
             await asyncio.sleep(0)
 
     def _heaviest(self) -> dict[str, tuple[float, str | None]]:

@@ -26,6 +26,9 @@ class Decision(NamedTuple):
         return None if self.unit_hash is None else bucket_of(self.unit_hash)
 
 
+_new = tuple.__new__  # half the time of calling the class of a named tuple
+
+
 class Ambiguity(Enum):
     """The unit came in two copies: nobody knows which one the user is."""
 
@@ -60,7 +63,7 @@ def decide(ruleset: Ruleset, request: Request) -> Decision:
     if unit is AMBIGUOUS:
         return Decision(plan.canary_ambiguous if split.everybody else plan.stable_ambiguous)
     unit_hash = hash_unit(split.hash_prefix, unit)
-    return Decision(split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash)
+    return _new(Decision, (split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash))
 
 
 def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:

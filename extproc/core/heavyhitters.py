@@ -25,9 +25,10 @@ class HeavyHitters:
     total: float = 0.0
     _halved_s: float | None = None
 
-    def add(self, counts: Mapping[int, int], now_s: float) -> None:
-        """Takes the requests of some units since the last call."""
+    def add(self, counts: Mapping[int, int], now_s: float, others: int = 0) -> None:
+        """Takes the requests of some units since the last call; of others, which cannot be heavy, their number."""
         self._forget(now_s)
+        self.total += others
         for unit, n in counts.items():
             self.counts[unit] = self.counts.get(unit, 0.0) + n
             self.total += n

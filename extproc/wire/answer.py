@@ -1,15 +1,15 @@
 """bytes -> bytes: one serialized ProcessingRequest in, one serialized ProcessingResponse out, whatever it holds."""
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from extproc.core.decision import decide, unit_bytes
-from extproc.core.request import Request
+from extproc.core.request import NOTHING, Request
 from extproc.core.ruleset import Ruleset
-from extproc.wire.ext_proc_pb2 import ProcessingRequest
+from extproc.wire.ext_proc_pb2 import HeaderValue, ProcessingRequest
 
 _pack_hash = struct.Struct("<d").pack
 
@@ -26,19 +26,40 @@ class Published:
     other_phases: Mapping[str, bytes]
 
 
-def read_request(message: ProcessingRequest) -> Request:
-    """The headers of a ProcessingRequest in its request_headers phase."""
+def read_headers(entries: Iterable[bytes]) -> Request:
+    """The request of these serialized HeaderValues. Raises DecodeError.
+
+    Nearly all are `key` and `raw_value` with a length of one byte each, and are cut here; the rest is parsed.
+    """
     headers: dict[bytes, bytes] = {}
     repeated: dict[bytes, list[bytes]] | None = None
-    for header in message.request_headers.headers.headers:
-        name = header.key
-        value = header.raw_value or header.value
+    for entry in entries:
+        try:
+            stop = entry[1] + 2
+            if stop < _LONG and entry[0] == _KEY and entry[stop] == _RAW and entry[stop + 1] == len(entry) - stop - 2:
+                name, value = entry[2:stop], entry[stop + 2 :]
+            else:
+                name, value = _parse_header(entry)
+        except IndexError:
+            name, value = _parse_header(entry)
         if name in headers:
             repeated = {} if repeated is None else repeated
             repeated.setdefault(name, [headers[name]]).append(value)
         else:
             headers[name] = value
-    return Request(headers) if repeated is None else Request(headers, repeated)
+    return Request(headers, NOTHING if repeated is None else repeated)
+
+
+_KEY, _RAW, _LONG = 1 << 3 | 2, 3 << 3 | 2, 0x80 + 2
+"""Tags of `key` and `raw_value`; what ends here has a length of more than one byte."""
+
+
+def _parse_header(entry: bytes) -> tuple[bytes, bytes]:
+    header = HeaderValue.FromString(entry)
+    return header.key, header.raw_value or header.value
+
+
+_parse = ProcessingRequest.FromString
 
 
 class Answerer:
@@ -60,14 +81,13 @@ class Answerer:
         """The reply to one serialized ProcessingRequest. Never raises: what is unreadable gets stable, ERROR."""
         published = self.published
         try:
-            request = ProcessingRequest.FromString(message)
+            request = _parse(message)
+            entries = request.request_headers.headers.headers[:]
+            if not entries and (phase := request.WhichOneof("phase")) != "request_headers":
+                return published.other_phases.get(phase or "") or self._error(published)
+            headers = read_headers(entries)
         except DecodeError:
             return self._error(published)
-        phase = request.WhichOneof("phase")
-        if phase != "request_headers":
-            other = published.other_phases.get(phase or "")
-            return self._error(published) if other is None else other
-        headers = read_request(request)
         choice, unit_hash = decide(published.ruleset, headers)
         index = choice.index
         self.counts[index] = self.counts.get(index, 0) + 1

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65xt_proc.proto\x12\nperch.wire\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"5\n\tHeaderMap\x12(\n\x07headers\x18\x01 \x03(\x0b\x32\x17.perch.wire.HeaderValue\"5\n\x0bHttpHeaders\x12&\n\x07headers\x18\x01 \x01(\x0b\x32\x15.perch.wire.HeaderMap\"\xd6\x01\n\x11ProcessingRequest\x12\x32\n\x0frequest_headers\x18\x02 \x01(\x0b\x32\x17.perch.wire.HttpHeadersH\x00\x12\x1a\n\x10response_headers\x18\x03 \x01(\x0cH\x00\x12\x16\n\x0crequest_body\x18\x04 \x01(\x0cH\x00\x12\x17\n\rresponse_body\x18\x05 \x01(\x0cH\x00\x12\x1a\n\x10request_trailers\x18\x06 \x01(\x0cH\x00\x12\x1b\n\x11response_trailers\x18\x07 \x01(\x0cH\x00\x42\x07\n\x05phaseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65xt_proc.proto\x12\nperch.wire\"<\n\x0bHeaderValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\x11\n\traw_value\x18\x03 \x01(\x0c\"\x1c\n\tHeaderMap\x12\x0f\n\x07headers\x18\x01 \x03(\x0c\"5\n\x0bHttpHeaders\x12&\n\x07headers\x18\x01 \x01(\x0b\x32\x15.perch.wire.HeaderMap\"\xd6\x01\n\x11ProcessingRequest\x12\x32\n\x0frequest_headers\x18\x02 \x01(\x0b\x32\x17.perch.wire.HttpHeadersH\x00\x12\x1a\n\x10response_headers\x18\x03 \x01(\x0cH\x00\x12\x16\n\x0crequest_body\x18\x04 \x01(\x0cH\x00\x12\x17\n\rresponse_body\x18\x05 \x01(\x0cH\x00\x12\x1a\n\x10request_trailers\x18\x06 \x01(\x0cH\x00\x12\x1b\n\x11response_trailers\x18\x07 \x01(\x0cH\x00\x42\x07\n\x05phaseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADERVALUE']._serialized_start=30
   _globals['_HEADERVALUE']._serialized_end=90
   _globals['_HEADERMAP']._serialized_start=92
-  _globals['_HEADERMAP']._serialized_end=145
-  _globals['_HTTPHEADERS']._serialized_start=147
-  _globals['_HTTPHEADERS']._serialized_end=200
-  _globals['_PROCESSINGREQUEST']._serialized_start=203
-  _globals['_PROCESSINGREQUEST']._serialized_end=417
+  _globals['_HEADERMAP']._serialized_end=120
+  _globals['_HTTPHEADERS']._serialized_start=122
+  _globals['_HTTPHEADERS']._serialized_end=175
+  _globals['_PROCESSINGREQUEST']._serialized_start=178
+  _globals['_PROCESSINGREQUEST']._serialized_end=392
 # @@protoc_insertion_point(module_scope)

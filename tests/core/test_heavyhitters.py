@@ -31,6 +31,12 @@ def test_few_requests_say_nothing():
     assert heavy.heaviest() is None
 
 
+def test_requests_of_units_that_are_not_named_count_for_the_share():
+    heavy = HeavyHitters()
+    heavy.add({1: 100}, 0.0, others=1900)
+    assert heavy.heaviest() == (1, 0.05)
+
+
 def test_what_was_long_ago_is_forgotten():
     heavy = HeavyHitters()
     heavy.add({1: 10_000}, 0.0)

@@ -21,6 +21,7 @@ from envoy_data_plane.envoy.service.ext_proc.v3 import (
     ProcessingResponse,
 )
 from envoy_data_plane.google.protobuf import Struct, Value
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,8 @@ from extproc.core.flags import Arm
 from extproc.core.ruleset import Choice, Reason, compile_ruleset
 from extproc.core.schema import parse
 from extproc.flagyaml import read_document
-from extproc.wire.answer import Answerer, Published
+from extproc.wire import ext_proc_pb2
+from extproc.wire.answer import Answerer, Published, read_headers
 from extproc.wire.replies import HASHED, OTHER_PHASES, replies, reply
 
 MODELS = {"digits": "/v2/models/digits/", "wine": "/v2/models/wine/"}
@@ -189,6 +191,41 @@ def test_a_message_as_envoys_types_build_it_is_understood_whole(service):
     )
     expected = service.decode(ANSWER(user_request(DIGITS, (b"x-user-id", b"alice"))))
     assert service.decode(ANSWER(bytes(message))) == expected
+
+
+texts = st.one_of(st.binary(max_size=20), st.sampled_from([b"", b"x" * 127, b"y" * 128, b"z" * 300, b"\n\x1a"]))
+
+
+@given(st.lists(st.tuples(texts, texts, st.sampled_from(["key", "value", "raw_value"])), max_size=4), st.randoms())
+def test_a_header_is_read_as_its_bytes_say_whatever_their_order_and_length(fields, chance):
+    """Against the C runtime, field by field, over cut, mutated, repeated and reversed fields."""
+    entry = (
+        b"".join(ext_proc_pb2.HeaderValue(**{name: text}).SerializeToString() for text, _, name in fields)
+        + ext_proc_pb2.HeaderValue(
+            key=b"x-user-id", raw_value=b"".join(text for _, text, _ in fields)
+        ).SerializeToString()
+    )
+    if chance.random() < 0.5:
+        place = chance.randrange(len(entry))
+        entry = entry[:place] + bytes((chance.randrange(256),)) + entry[place + chance.randrange(2) :]
+    try:
+        parsed = ext_proc_pb2.HeaderValue.FromString(entry)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            read_headers([entry])
+        return
+    assert read_headers([entry]).headers == {parsed.key: parsed.raw_value or parsed.value}
+
+
+@pytest.mark.parametrize("entry", [b"", b"\n", b"\n\x01", b"\n\x01a", b"\n\x01a\x1a", b"\n\x00\x1a\x00", b"\x1a\x01a"])
+def test_a_header_of_a_few_bytes_is_read_or_refused_like_any_other(entry):
+    try:
+        parsed = ext_proc_pb2.HeaderValue.FromString(entry)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            read_headers([entry])
+        return
+    assert read_headers([entry]).headers == {parsed.key: parsed.raw_value}
 
 
 PHASES = {

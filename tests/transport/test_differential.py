@@ -13,7 +13,7 @@ from extproc.flagyaml import read_document
 from extproc.transport.fastlane import FastLane
 from extproc.transport.grpcio import GrpcioTransport
 from extproc.wire.answer import Answerer, Published
-from extproc.wire.ext_proc_pb2 import ProcessingRequest
+from extproc.wire.ext_proc_pb2 import HeaderValue, ProcessingRequest
 from extproc.wire.replies import OTHER_PHASES, replies
 
 PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
@@ -42,7 +42,7 @@ def random_request(chance: random.Random) -> bytes:
         name = chance.choice(NAMES)
         value = chance.choice(PATHS) if name == b":path" else chance.randbytes(chance.randrange(40))
         field = chance.choice(["value", "raw_value"])
-        request.request_headers.headers.headers.add(key=name, **{field: value})
+        request.request_headers.headers.headers.append(HeaderValue(key=name, **{field: value}).SerializeToString())
     kind = chance.random()
     if kind < 0.05:
         phase = chance.choice(["response_headers", "request_body", "response_body", "request_trailers"])
