@@ -17,7 +17,7 @@ from extproc.core.heavyhitters import HEAVY_SHARE, HeavyHitters
 from extproc.core.ruleset import Choice
 from extproc.metrics import Metrics
 from extproc.receiver import Received
-from extproc.wire.answer import Answerer
+from extproc.wire.answer import LESSONS, Answerer
 
 COUNT_EVERY_S = 1.0
 SLICE = 2_000
@@ -81,6 +81,7 @@ class Answering:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(COUNT_EVERY_S)
+            self.answerer.lessons = LESSONS
             await self._count_units(loop.time())
             self.count_decisions()
             self._tell()

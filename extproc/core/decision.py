@@ -9,9 +9,7 @@ from extproc.core.bucketing import bucket_of, hash_unit
 from extproc.core.flags import Arm
 from extproc.core.request import Request, cookie_values
 from extproc.core.rules import first_match
-from extproc.core.ruleset import Choice, Plan, Reader, Ruleset
-
-FORCE_HEADER = b"x-force-cohort"
+from extproc.core.ruleset import FORCE_HEADER, Choice, Plan, Reader, Ruleset, Split
 
 
 class Decision(NamedTuple):
@@ -38,32 +36,50 @@ class Ambiguity(Enum):
 AMBIGUOUS: Final = Ambiguity.TWICE
 
 
+class Hashed(NamedTuple):
+    """A request that is divided: where, and by which unit."""
+
+    split: Split
+    unit: bytes
+
+
 def decide(ruleset: Ruleset, request: Request) -> Decision:
     """The cohort of one request under one ruleset."""
+    outcome = outcome_of(ruleset, request)
+    return Decision(outcome) if isinstance(outcome, Choice) else draw(outcome.split, outcome.unit)
+
+
+def draw(split: Split, unit: bytes) -> Decision:
+    """The side of a split that a unit is on."""
+    unit_hash = hash_unit(split.hash_prefix, unit)
+    return _new(Decision, (split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash))
+
+
+def outcome_of(ruleset: Ruleset, request: Request) -> Choice | Hashed:
+    """All of the decision but the hash."""
     plan = plan_of(ruleset, request.headers.get(b":path", b""))
     if not isinstance(plan, Plan):
-        return Decision(plan)
+        return plan
     if not plan.flag.enabled:
-        return Decision(plan.disabled)
+        return plan.disabled
     if plan.flag.allow_force and FORCE_HEADER in request.headers:
         forced = forced_arm(ruleset, request)
         if forced is not None:
             return _forced(plan, forced)
     split = plan.split
     if plan.rules:
-        outcome = first_match(plan.rules, request)
-        if isinstance(outcome, Choice):
-            return Decision(plan.not_warm if plan.cold and outcome.cohort is Arm.CANARY else outcome)
-        split = split if outcome is None else outcome
+        matched = first_match(plan.rules, request)
+        if isinstance(matched, Choice):
+            return plan.not_warm if plan.cold and matched.cohort is Arm.CANARY else matched
+        split = split if matched is None else matched
     if plan.cold and split.wanted:
-        return Decision(plan.not_warm)
+        return plan.not_warm
     unit = unit_of(plan.readers, request)
     if unit is None:
-        return Decision(plan.canary_no_unit if split.everybody else plan.stable_no_unit)
+        return plan.canary_no_unit if split.everybody else plan.stable_no_unit
     if unit is AMBIGUOUS:
-        return Decision(plan.canary_ambiguous if split.everybody else plan.stable_ambiguous)
-    unit_hash = hash_unit(split.hash_prefix, unit)
-    return _new(Decision, (split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash))
+        return plan.canary_ambiguous if split.everybody else plan.stable_ambiguous
+    return _new(Hashed, (split, unit))
 
 
 def plan_of(ruleset: Ruleset, path: bytes) -> Plan | Choice:
@@ -112,14 +128,7 @@ def forced_arm(ruleset: Ruleset, request: Request) -> Arm | None:
 _ARMS = {arm.encode(): arm for arm in Arm}
 
 
-def _forced(plan: Plan, arm: Arm) -> Decision:
+def _forced(plan: Plan, arm: Arm) -> Choice:
     if arm is Arm.STABLE:
-        return Decision(plan.forced_stable)
-    return Decision(plan.not_warm if plan.cold else plan.forced_canary)
-
-
-def unit_bytes(ruleset: Ruleset, request: Request) -> bytes:
-    """The unit of a request as it came, empty where there is none or two: for showing it, where that is configured."""
-    plan = plan_of(ruleset, request.headers.get(b":path", b""))
-    unit = unit_of(plan.readers, request) if isinstance(plan, Plan) else None
-    return unit if isinstance(unit, bytes) else b""
+        return plan.forced_stable
+    return plan.not_warm if plan.cold else plan.forced_canary

@@ -1,6 +1,7 @@
 """Compiles flags into a frozen ruleset: everything that a decision needs, worked out before the first request."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +22,7 @@ from extproc.core.flags import (
 from extproc.core.rules import Group, compile_rules
 
 EVERYBODY = Decimal(100)
+FORCE_HEADER = b"x-force-cohort"
 
 
 class Reason(StrEnum):
@@ -116,6 +118,8 @@ class Ruleset:
     """What is served: published by one assignment, read once per request, never changed.
 
     `plans` maps a model's path prefix to its flag; a model without a flag maps to the choice DEFAULT.
+    `unit_headers` are those of which nothing but the unit is read, the one of most flags first: two requests that
+    differ in a value of one of them alone, and have one, are divided at the same split or get the same choice.
     `force_digest` is the SHA-256 of the testers' token, None when nobody may force a cohort.
     """
 
@@ -125,6 +129,7 @@ class Ruleset:
     no_model: Choice
     error: Choice
     choices: tuple[Choice, ...]
+    unit_headers: tuple[bytes, ...] = ()
     force_digest: bytes | None = None
 
 
@@ -255,6 +260,8 @@ class Draft:
         self._plans: dict[bytes, Plan | Choice] = {
             prefix.encode(): self._choices[FLAGLESS + i] for i, prefix in enumerate(models.values())
         }
+        self._units: Counter[bytes] = Counter()
+        self._read = {b":path", FORCE_HEADER}
         self._force_digest = hashlib.sha256(force_token.encode()).digest() if force_token else None
 
     def add(self, flag: Flag, exposure: Exposure | None) -> Plan:
@@ -265,6 +272,9 @@ class Draft:
         plan = compile_flag(flag, exposure, len(self._choices))
         self._plans[prefix] = plan
         self._choices.extend(plan.choices)
+        self._units.update(dict.fromkeys((reader.header for reader in plan.readers if reader.cookie is None), 1))
+        for rule in flag.rules:
+            self._read.update(name.encode() for name in headers_read(rule.when))
         return plan
 
     def finish(self) -> Ruleset:
@@ -276,6 +286,7 @@ class Draft:
             no_model=self._choices[0],
             error=self._choices[1],
             choices=tuple(self._choices),
+            unit_headers=tuple(header for header, _ in self._units.most_common() if header not in self._read),
             force_digest=self._force_digest,
         )
 

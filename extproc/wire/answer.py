@@ -1,15 +1,19 @@
 """bytes -> bytes: one serialized ProcessingRequest in, one serialized ProcessingResponse out, whatever it holds."""
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from extproc.core.decision import decide, unit_bytes
-from extproc.core.request import NOTHING, Request
-from extproc.core.ruleset import Ruleset
-from extproc.wire.ext_proc_pb2 import HeaderValue, ProcessingRequest
+from extproc.core.bucketing import hash_unit
+from extproc.core.decision import outcome_of
+from extproc.core.ruleset import Choice, Ruleset, Split
+from extproc.wire.requests import read_request
+from extproc.wire.shapes import Shape, Shapes
+
+LESSONS = 1000
+"""Shapes that may be learned before somebody allows more: requests of which no two are alike cost little more."""
 
 _pack_hash = struct.Struct("<d").pack
 
@@ -24,42 +28,10 @@ class Published:
     ruleset: Ruleset
     replies: Sequence[bytes]
     other_phases: Mapping[str, bytes]
+    shapes: Shapes = field(init=False, compare=False)
 
-
-def read_headers(entries: Iterable[bytes]) -> Request:
-    """The request of these serialized HeaderValues. Raises DecodeError.
-
-    Nearly all are `key` and `raw_value` with a length of one byte each, and are cut here; the rest is parsed.
-    """
-    headers: dict[bytes, bytes] = {}
-    repeated: dict[bytes, list[bytes]] | None = None
-    for entry in entries:
-        try:
-            stop = entry[1] + 2
-            if stop < _LONG and entry[0] == _KEY and entry[stop] == _RAW and entry[stop + 1] == len(entry) - stop - 2:
-                name, value = entry[2:stop], entry[stop + 2 :]
-            else:
-                name, value = _parse_header(entry)
-        except IndexError:
-            name, value = _parse_header(entry)
-        if name in headers:
-            repeated = {} if repeated is None else repeated
-            repeated.setdefault(name, [headers[name]]).append(value)
-        else:
-            headers[name] = value
-    return Request(headers, NOTHING if repeated is None else repeated)
-
-
-_KEY, _RAW, _LONG = 1 << 3 | 2, 3 << 3 | 2, 0x80 + 2
-"""Tags of `key` and `raw_value`; what ends here has a length of more than one byte."""
-
-
-def _parse_header(entry: bytes) -> tuple[bytes, bytes]:
-    header = HeaderValue.FromString(entry)
-    return header.key, header.raw_value or header.value
-
-
-_parse = ProcessingRequest.FromString
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", Shapes(self.ruleset))
 
 
 class Answerer:
@@ -67,7 +39,8 @@ class Answerer:
 
     `counts` says how often each choice was given, by its index; `seen` has an entry per hashed unit, the choice's index
     above the 32 bits of the hash. Whoever reads them puts new ones in their place, and does so before publishing.
-    Units whose hash is in `named` are kept in `names` as they came.
+    Units whose hash is in `named` are kept in `names` as they came. `lessons` is the number of shapes that may still be
+    learned.
     """
 
     def __init__(self, published: Published) -> None:
@@ -76,29 +49,50 @@ class Answerer:
         self.seen: list[int] = []
         self.named: frozenset[int] = frozenset()
         self.names: dict[int, bytes] = {}
+        self.lessons = LESSONS
 
     def __call__(self, message: bytes) -> bytes:
         """The reply to one serialized ProcessingRequest. Never raises: what is unreadable gets stable, ERROR."""
         published = self.published
-        try:
-            request = _parse(message)
-            entries = request.request_headers.headers.headers[:]
-            if not entries and (phase := request.WhichOneof("phase")) != "request_headers":
-                return published.other_phases.get(phase or "") or self._error(published)
-            headers = read_headers(entries)
-        except DecodeError:
-            return self._error(published)
-        choice, unit_hash = decide(published.ruleset, headers)
-        index = choice.index
-        self.counts[index] = self.counts.get(index, 0) + 1
-        if unit_hash is None:
-            return published.replies[index]
-        self.seen.append(index << 32 | unit_hash)
-        if unit_hash in self.named and unit_hash not in self.names:
-            self.names[unit_hash] = unit_bytes(published.ruleset, headers)
-        return published.replies[index] + _pack_hash(unit_hash)
-
-    def _error(self, published: Published) -> bytes:
-        index = published.ruleset.error.index
+        shape: Shape = (message, b"", 0, b"")
+        unit = b""
+        for tag in published.shapes.tags:
+            before, found, after = message.partition(tag)
+            if found and after:
+                size = after[0]
+                unit = after[1 : size + 1]
+                shape = (before, tag, size, after[size + 1 :])
+                break
+        outcome: Choice | Split | bytes | None = published.shapes.known.get(shape)
+        if outcome is None:
+            outcome, unit = self._decide(published, message, shape, unit)
+        if isinstance(outcome, Split):
+            unit_hash = hash_unit(outcome.hash_prefix, unit)
+            index = (outcome.canary if unit_hash < outcome.first_hash_outside else outcome.stable).index
+            self.counts[index] = self.counts.get(index, 0) + 1
+            self.seen.append(index << 32 | unit_hash)
+            if unit_hash in self.named:
+                self.names.setdefault(unit_hash, unit)
+            return published.replies[index] + _pack_hash(unit_hash)
+        if isinstance(outcome, bytes):
+            return outcome
+        index = outcome.index
         self.counts[index] = self.counts.get(index, 0) + 1
         return published.replies[index]
+
+    def _decide(
+        self, published: Published, message: bytes, shape: Shape, unit: bytes
+    ) -> tuple[Choice | Split | bytes, bytes]:
+        """For a shape that is not known: the choice, the split with the unit, or the reply to another phase."""
+        ruleset = published.ruleset
+        try:
+            request = read_request(message)
+        except DecodeError:
+            return ruleset.error, b""
+        if isinstance(request, str):
+            return published.other_phases.get(request, ruleset.error), b""
+        outcome = outcome_of(ruleset, request)
+        if self.lessons > 0:
+            self.lessons -= 1
+            published.shapes.learn(shape, unit, outcome)
+        return (outcome, b"") if isinstance(outcome, Choice) else outcome

@@ -31,8 +31,9 @@ from extproc.core.ruleset import Choice, Reason, compile_ruleset
 from extproc.core.schema import parse
 from extproc.flagyaml import read_document
 from extproc.wire import ext_proc_pb2
-from extproc.wire.answer import Answerer, Published, read_headers
+from extproc.wire.answer import Answerer, Published
 from extproc.wire.replies import HASHED, OTHER_PHASES, replies, reply
+from extproc.wire.requests import read_headers
 
 MODELS = {"digits": "/v2/models/digits/", "wine": "/v2/models/wine/"}
 FLAGS = b"""\
