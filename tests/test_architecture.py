@@ -28,6 +28,8 @@ core.scalars          | core                                                    
 core.validation       | core                                                          | pydantic
 core.vectorbins       | core                                                          | numpy
 wire.answer           | core wire                                                     | google.protobuf
+wire.requests         | core wire                                                     |
+wire.shapes           | core wire                                                     | google.protobuf
 wire.outcomes         | core wire                                                     | google.protobuf
 wire.replies          | core                                                          | envoy_data_plane
 wire.generate         |                                                               | grpc_tools
