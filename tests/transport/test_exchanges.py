@@ -184,3 +184,13 @@ def test_an_answer_that_fails_costs_its_stream_alone():
     assert sent.count(b"re:good") == 2
     assert b"the answer failed" in sent
     assert connection.open_streams == 2
+
+
+def test_a_client_that_says_goodbye_is_let_go_with_its_last_exchange():
+    for kind in (Connection, LongWay):
+        connection = kind(answer, lambda: True, Limits())
+        connection.open()
+        connection.receive(OPENING + request(7, b"x") + request(9, b"y") + frame(GOAWAY, 0, 0, bytes(8)) + end(9))
+        assert not connection.closing
+        assert b"\x07\x00" in connection.receive(end(7))
+        assert connection.closing
