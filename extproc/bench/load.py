@@ -64,12 +64,16 @@ def find_tools() -> Tools:
     return tools
 
 
-async def throughput(tools: Tools, url: str, seconds: int, folder: Path) -> Throughput:
-    """As many requests as CONNECTIONS connections get answered in so many seconds. Raises BenchError if one failed."""
+async def throughput(tools: Tools, url: str, seconds: int, folder: Path, within_s: int = 2) -> Throughput:
+    """As many requests as CONNECTIONS connections get answered in so many seconds. Raises BenchError if one failed.
+
+    With wrk, one that was not answered within `within_s` seconds has failed.
+    """
     if tools.wrk is not None:
         script = folder / "users.lua"
         script.write_text(_WRK_SCRIPT, encoding="ascii")
-        said = await _said(tools.wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(script), *_headers(), url)
+        limits = ("-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", f"--timeout={within_s}s")
+        said = await _said(tools.wrk, *limits, "-s", str(script), *_headers(), url)
         if "Non-2xx" in said or "Socket errors" in said:
             raise BenchError(f"requests failed: {_line_with('Non-2xx|Socket errors', said)}")
         return Throughput(int(_found(r"(\d+) requests in", said)), float(_found(r"Requests/sec:\s+([\d.]+)", said)))

@@ -65,16 +65,20 @@ class Plan:
 
 
 class Ports:
-    """Where Envoy listens, once it has started."""
+    """Where Envoy listens, once it has started. Its admin interface may take `within_s` seconds for an answer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, within_s: float = 2.0) -> None:
+        self._within_s = within_s
         self._file = folder / "admin.txt"
         self._admin: EnvoyAdmin | None = None
 
     async def answering(self, servers: Sequence[str]) -> bool:
         """Whether Envoy and all servers are ready. For a supervisor, which takes an error for "not yet"."""
         if self._admin is None:
-            self._admin = EnvoyAdmin(self._file.read_text(encoding="ascii").strip())
+            address = self._file.read_text(encoding="ascii").strip()
+            if not address:  # Envoy has made the file and not yet written it
+                return False
+            self._admin = EnvoyAdmin(address, self._within_s)
         healthy = await self._admin.counters(r"^cluster\..*\.membership_healthy$")
         return all(healthy.get(f"cluster.{name}.membership_healthy") == 1 for name in servers)
 

@@ -18,8 +18,9 @@ import yaml
 from extproc.bench.envoyfile import Way, bootstrap
 from extproc.bench.load import percentile
 from extproc.bench.plot import svg
-from extproc.bench.programs import FLAGS, MODELS, RULE_HEADERS, Plan
+from extproc.bench.programs import FLAGS, MODELS, RULE_HEADERS, Plan, Ports
 from extproc.bench.samples import Sample, medians, ratios
+from extproc.envoyadmin import EnvoyUnreachable
 from extproc.modelsfile import load_models
 
 ROOT = Path(__file__).parents[2]
@@ -272,6 +273,16 @@ def _without_differences(manager):
     for route in manager["route_config"]["virtual_hosts"][0]["routes"]:
         route.pop("typed_per_filter_config", None)
     return {name: value for name, value in manager.items() if name not in {"stat_prefix", "access_log", "http_filters"}}
+
+
+async def test_an_address_file_that_envoy_has_made_and_not_yet_written_is_read_again(tmp_path):
+    ports = Ports(tmp_path)
+    (tmp_path / "admin.txt").touch()
+    assert not await ports.answering([])
+    (tmp_path / "admin.txt").write_text("127.0.0.1:1")
+    with pytest.raises(EnvoyUnreachable, match=r"127\.0\.0\.1:1 "):
+        await ports.answering([])
+    await ports.close()
 
 
 def test_perch_sees_what_the_flags_of_the_bench_look_at(tmp_path):
