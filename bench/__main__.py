@@ -6,14 +6,14 @@ import sys
 
 import bench
 
-ENDLESS = {"fuzz"}
-"""Not for a run of everything: `python -m bench.fuzz` goes on for a million inputs."""
+ONLY_NAMED = {"fuzz", "instructions"}
+"""Not for a run of everything: the first goes on for a million inputs, the second needs valgrind."""
 
 
 def main() -> None:
     """Runs the benches that were named, or all that measure."""
     known = sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if not module.name.startswith("_"))
-    wanted = sys.argv[1:] or [name for name in known if name not in ENDLESS]
+    wanted = sys.argv[1:] or [name for name in known if name not in ONLY_NAMED]
     for name in wanted:
         if name not in known:
             raise SystemExit(f"there is no bench {name}; there are {', '.join(known)}")
