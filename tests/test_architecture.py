@@ -20,6 +20,7 @@ module                | may import of ours                                      
 core                  | core                                                          |
 core.bucketing        | core                                                          | mmh3
 core.conditions       | core                                                          | re2
+core.firsts           | core                                                          | numpy
 core.kpis             | core                                                          | mmh3
 core.latency          | core                                                          | numpy
 core.schema           | core                                                          | pydantic
@@ -111,7 +112,7 @@ ROLES = {
 """Who wires: nothing but these may import them."""
 
 CORE_STDLIB = {
-    "bisect", "collections", "dataclasses", "decimal", "difflib", "enum", "fractions", "functools", "hashlib",
+    "array", "bisect", "collections", "dataclasses", "decimal", "difflib", "enum", "fractions", "functools", "hashlib",
     "ipaddress", "itertools", "math", "re", "types", "typing",
 }  # fmt: skip
 """What the core may use of the standard library: nothing that touches a clock, a file, a socket or chance."""
