@@ -163,7 +163,7 @@ def unlike_messages(count: int) -> Iterable[bytes]:
         yield wire.StreamAccessLogsMessage(http_logs=logs).SerializeToString()
 
 
-def _unlike(number: int, chance: random.Random) -> wire.HTTPAccessLogEntry:
+def _unlike(number: int, chance: random.Random) -> bytes:
     name = f"{number:x}-{chance.getrandbits(64):x}".encode()
     texts = {key: wire.Value(string_value=name) for key in (b"flag", b"model", b"cohort", b"reason", b"version")}
     said = shuffled(texts | {b"hash": wire.Value(number_value=number)}, chance)
@@ -171,17 +171,16 @@ def _unlike(number: int, chance: random.Random) -> wire.HTTPAccessLogEntry:
     perch = wire.Metadata.Entry(key=b"perch", value=wire.Struct(fields=fields))
     header = wire.Text(key=b"x-model-prediction", value=b"0." + name).SerializeToString()
     common = wire.AccessLogCommon(
-        start_time=wire.Interval(seconds=1_800_000_000),
-        duration=wire.Interval(nanos=number % 10**9),
-        metadata=wire.Metadata(filter_metadata=[perch]).SerializeToString(),
-        route_name=name + b".stable",
+        start_time=wire.Interval(seconds=[1_800_000_000]),
+        duration=wire.Interval(nanos=[number % 10**9]),
+        metadata=[wire.Metadata(filter_metadata=[perch]).SerializeToString()],
+        route_name=[name + b".stable"],
         custom_tags=[wire.Text(key=b"model_version", value=name).SerializeToString()],
-        stream_id=name,
-        access_log_type=6,
+        stream_id=[name],
+        access_log_type=[6],
     )
-    return wire.HTTPAccessLogEntry(
-        common_properties=common, response=wire.HTTPResponseProperties(response_headers=[header])
-    )
+    response = wire.HTTPResponseProperties(response_headers=[header])
+    return wire.HTTPAccessLogEntry(common_properties=common, response=response).SerializeToString()
 
 
 def resident_mib() -> float:

@@ -29,6 +29,7 @@ core.scalars          | core                                                    
 core.validation       | core                                                          | pydantic
 core.vectorbins       | core                                                          | numpy
 wire.answer           | core wire                                                     | google.protobuf
+wire.columns          | wire                                                          |
 wire.outcomes         | core wire                                                     | google.protobuf
 wire.replies          | core                                                          | envoy_data_plane
 wire.generate         |                                                               | grpc_tools

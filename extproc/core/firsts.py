@@ -25,6 +25,7 @@ MARKS = 4
 _MASK = BITS - 1
 _WORD = (1 << 64) - 1
 _PAIRED = (1 << 32) - 1
+_MARK_OF = np.array([1 << bit for bit in range(8)], dtype=np.uint8)
 _GOLDEN = 0x9E3779B97F4A7C15
 """2**64 / golden ratio. The high bits of a hash chose the arm, so the positions must depend on all of them alike."""
 _FEW, _MANY = 128, 8192
@@ -74,12 +75,14 @@ class Firsts:
     def _new_of(self, unit_hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         bits = np.frombuffer(self._marked(), dtype=np.uint8)
         positions = _positions(unit_hashes)
-        unset = bits[positions >> 3] & _marks(positions) == 0
+        marks = _MARK_OF[positions & 7]
+        unset = bits[positions >> 3] & marks == 0
         unseen = np.flatnonzero(unset.any(axis=1))
-        positions, unset = positions[unseen], unset[unseen]
-        new = (unset & _earliest(positions)).any(axis=1)  # a bit that was not set, also not by one before it in here
-        np.bitwise_or.at(bits, positions >> 3, _marks(positions))
-        return unseen[new]
+        positions, marks, unset = positions[unseen], marks[unseen], unset[unseen]
+        np.bitwise_or.at(bits, positions >> 3, marks)
+        # New is who has a bit that was not set, also not by one before it in here.
+        new: NDArray[np.int64] = unseen[(unset & _earliest(positions)).any(axis=1)]
+        return new
 
     def _marked(self) -> bytearray:
         if self._bits is None:
@@ -89,15 +92,12 @@ class Firsts:
 
 def _positions(unit_hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The bits of each unit, as in `first`: a row of MARKS for each."""
-    mixed = unit_hashes * np.uint64(_GOLDEN)
-    mixed = (mixed ^ mixed >> np.uint64(32)) * np.uint64(_GOLDEN)
-    step = mixed >> np.uint64(18) & np.uint64(_MASK) | np.uint64(1)
-    unbounded = (mixed >> np.uint64(41))[:, None] + step[:, None] * np.arange(MARKS, dtype=np.uint64)
-    return (unbounded & np.uint64(_MASK)).astype(np.int64)
-
-
-def _marks(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return np.left_shift(1, positions & 7).astype(np.uint8)
+    golden = np.uint64(_GOLDEN)
+    mixed = unit_hashes * golden
+    mixed = (mixed ^ mixed >> np.uint64(32)) * golden
+    a = (mixed >> 41).astype(np.int64)
+    step = (mixed >> 18).astype(np.int64) & _MASK | 1
+    return a[:, None] + step[:, None] * np.arange(MARKS) & _MASK
 
 
 def _earliest(positions: NDArray[np.int64]) -> NDArray[np.bool_]:
