@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.core.outcomes import Assignment, Outcome
+from extproc.wire import columns
 from extproc.wire import outcomes as wire
 from extproc.wire.accesslog_pb2 import StreamAccessLogsMessage
 from extproc.wire.columns import ColumnReader
@@ -362,6 +363,15 @@ def test_an_entry_that_is_cut_costs_at_most_itself():
         entries = [whole, whole[:cut], bytes(ODD[1]), whole]
         assert together(entries) == alone(entries)
         assert together(entries)[0][-1] == OUTCOME
+
+
+def test_an_entry_that_takes_the_mark_after_it_for_its_own_is_found_out():
+    whole = bytes(entry())
+    mark = b"".join(one.entry for one in columns._OFTEN)
+    greedy = whole + field(5, mark)[: -len(mark)]  # announces as many bytes as a mark has
+    with pytest.raises(ValueError, match="ends within the next one"):
+        ColumnReader().read([greedy, whole])
+    assert together([whole, greedy, whole]) == ([OUTCOME, OUTCOME], 1)
 
 
 def test_which_fields_some_entries_lack_is_remembered_for_a_while():
