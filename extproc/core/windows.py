@@ -199,8 +199,8 @@ class Lane:
     unknown: bool = False
     now: Tally = field(default_factory=Tally)
     votes: dict[str, int] = field(default_factory=dict)
-    total_ms: list[float] = field(default_factory=list)
-    upstream_ms: list[float] = field(default_factory=list)
+    total_ms: "array[float]" = field(default_factory=lambda: array("d"))
+    upstream_ms: "array[float]" = field(default_factory=lambda: array("d"))
 
 
 @dataclass(slots=True)
@@ -262,7 +262,8 @@ class Windows:
                 alone = count == 1 and "," not in predictions
                 item = predictions if alone else lane.vote(predictions, count, unit_hash or 0)
                 if item is not None:
-                    lane.votes[item] = lane.votes.get(item, 0) + 1
+                    votes = lane.votes
+                    votes[item] = votes.get(item, 0) + 1
         group = lane.group
         if group is not None and unit_hash is not None:
             group.units.append(unit_hash)
@@ -280,8 +281,8 @@ class Windows:
                 continue
             lane.now = Tally()
             tally.served = len(lane.total_ms)
-            tally.latency, lane.total_ms = count_bins(lane.total_ms), []
-            tally.upstream, lane.upstream_ms = count_bins(lane.upstream_ms), []
+            tally.latency, lane.total_ms = count_bins(lane.total_ms), array("d")
+            tally.upstream, lane.upstream_ms = count_bins(lane.upstream_ms), array("d")
             for name in ("fell_back", "mismatched", "failed_open"):
                 if getattr(lane, name):
                     setattr(tally, name, tally.requests)
