@@ -111,9 +111,9 @@ class Telemetry:
         The path of every entry of the log: what many of them have in common is found once, in their lane.
         """
         windows, kpis, lanes = self.windows, self.kpis, self._lanes
-        add, count, remember = windows.add, self.log.add, kpis.remember_in
+        add, count = windows.add, self.log.add
         kpis.keep_time(now_s)
-        second = max(0, int(now_s))
+        kept: list[tuple[KpiLane | None, str, int | None]] = []
         for outcome in outcomes:
             lane = lanes.get(_kind(outcome))
             if lane is None or lane.generation != windows.generation:
@@ -123,7 +123,8 @@ class Telemetry:
                 add(lane.window, outcome)
             if lane.kept and outcome.request_id:
                 kpi = lane.kpi if not outcome.aborted else kpis.lane(self._served(outcome, now_s))
-                remember(kpi, outcome.request_id, outcome.hash, second)
+                kept.append((kpi, outcome.request_id, outcome.hash))
+        kpis.remember_all(kept, max(0, int(now_s)))
 
     def _new_lane(self, outcome: Outcome, now_s: float) -> _Lane:
         window = self.windows.lane(outcome)

@@ -14,7 +14,7 @@ keys, one number for group and time, and its places in the dictionaries and in t
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -279,35 +279,39 @@ class Kpis:
         """Keeps who was served, and joins what was reported before. False for an id that is known, or no room."""
         self.keep_time(now_s)
         time_s = served.time_s if 0 < served.time_s < now_s else now_s
-        return self.remember_in(self.lane(served), request_id, served.hash, max(0, int(time_s)))
+        return bool(self.remember_all([(self.lane(served), request_id, served.hash)], max(0, int(time_s))))
 
-    def remember_in(self, lane: Lane | None, request_id: str, unit_hash: int | None, second: int) -> bool:
-        """The same for a lane that is known, at a whole second from 0: the path of every entry of the access log.
+    def remember_all(self, requests: Iterable[tuple[Lane | None, str, int | None]], second: int) -> int:
+        """The same for many, each with its lane, id and hash, at a whole second from 0: how many were kept.
 
-        Who calls it has said the time with `keep_time`.
+        The path of every entry of the access log. Who calls it has said the time with `keep_time`.
         """
-        served = self._served
-        place = _place(request_id)
-        if place in served:
-            return False
-        if lane is None:
-            self.counts.unkept += 1
-            return False
-        group, split = lane
-        served[place] = packed = group | second
-        unit = 0
-        if split and unit_hash is not None:
-            self._units[split | unit_hash] = packed
-            unit = split | unit_hash
-        self._order += (place, unit)
-        self.counts.remembered += 1
-        if self._early:
-            self._join_early(place, packed)
-            self._join_early(unit, packed)
-        if len(served) > self.capacity:
-            self._forget_first()
-            self.counts.pushed_out += 1
-        return True
+        served, units, order, early = self._served, self._units, self._order, self._early
+        kept = 0
+        for lane, request_id, unit_hash in requests:
+            place = _place(request_id)
+            if place in served:
+                continue
+            if lane is None:
+                self.counts.unkept += 1
+                continue
+            group, split = lane
+            served[place] = packed = group | second
+            unit = 0
+            if split and unit_hash is not None:
+                unit = split | unit_hash
+                units[unit] = packed
+            order.append(place)
+            order.append(unit)
+            kept += 1
+            if early:
+                self._join_early(place, packed)
+                self._join_early(unit, packed)
+            if len(served) > self.capacity:
+                self._forget_first()
+                self.counts.pushed_out += 1
+        self.counts.remembered += kept
+        return kept
 
     def _new_group(self, group: _Group) -> int | None:
         if len(self._groups) > MAX_GROUPS:
@@ -499,8 +503,8 @@ def _time_of(packed: int) -> int:
 
 def _place(text: str) -> int:
     """60 bits of the text's hash: a small integer."""
-    low: int = mmh3.hash64(text.encode("utf-8", "surrogateescape"), 0, True, False)[0]
-    return low & _SIXTY
+    digest: int = mmh3.mmh3_x64_128_uintdigest(text.encode("utf-8", "surrogateescape"))
+    return digest & _SIXTY
 
 
 def _identity(reported: Reported) -> int | None:

@@ -9,6 +9,7 @@ requests that this arm also served. All counts are taken at the request's end an
 adding what each of them counted.
 """
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -158,10 +159,27 @@ class Window:
 
 @dataclass(slots=True)
 class Group:
-    """What the two arms of one comparison share: their predictions, and which units were seen in this step."""
+    """What the two arms of one comparison share: their predictions, and which units were seen in this step.
+
+    Of the latest outcomes, in their order: `units` are their hashes, `tallies` where each counts if the unit is new,
+    `bad` whether it was bad.
+    """
 
     predictions: PredictionComparison = field(default_factory=PredictionComparison)
     firsts: Firsts = field(default_factory=Firsts)
+    units: "array[int]" = field(default_factory=lambda: array("I"))
+    tallies: list[Tally] = field(default_factory=list)
+    bad: list[bool] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Counts each unit where its first outcome was."""
+        units, tallies, all_bad = self.units, self.tallies, self.bad
+        self.units, self.tallies, self.bad = array("I"), [], []
+        for at in self.firsts.new_among(units):
+            tally, bad = tallies[at], all_bad[at]
+            tally.units += 1
+            if bad:
+                tally.bad_units += 1
 
 
 @dataclass(slots=True)
@@ -181,8 +199,8 @@ class Lane:
     unknown: bool = False
     now: Tally = field(default_factory=Tally)
     votes: dict[str, int] = field(default_factory=dict)
-    total_ms: list[float] = field(default_factory=list)
-    upstream_ms: list[float] = field(default_factory=list)
+    total_ms: "array[float]" = field(default_factory=lambda: array("d"))
+    upstream_ms: "array[float]" = field(default_factory=lambda: array("d"))
 
 
 @dataclass(slots=True)
@@ -219,8 +237,8 @@ class Windows:
     def add(self, lane: Lane, outcome: Outcome) -> None:
         """Counts one outcome in its lane.
 
-        The path of every entry of the log, so it does once what two views need: `settle` adds it to both, and finds the
-        bins of durations for many at once.
+        The path of every entry of the log, so it does once what two views need: `settle` adds it to both, and finds
+        for many at once the bins of durations and the units that are new.
         """
         unit_hash = outcome.hash
         status, _, deadline, aborted, upstream_ms, total_ms, _, predictions, count = outcome[7:16]
@@ -244,15 +262,18 @@ class Windows:
                 alone = count == 1 and "," not in predictions
                 item = predictions if alone else lane.vote(predictions, count, unit_hash or 0)
                 if item is not None:
-                    lane.votes[item] = lane.votes.get(item, 0) + 1
+                    votes = lane.votes
+                    votes[item] = votes.get(item, 0) + 1
         group = lane.group
-        if group is not None and unit_hash is not None and group.firsts.first(unit_hash):
-            tally.units += 1
-            if bad:
-                tally.bad_units += 1
+        if group is not None and unit_hash is not None:
+            group.units.append(unit_hash)
+            group.tallies.append(tally)
+            group.bad.append(bad)
 
     def settle(self) -> None:
         """Brings everything that was added into the windows: before anybody reads them."""
+        for group in self.groups.values():
+            group.settle()
         strays, self._strays = self._strays, []
         for lane in (*self._lanes.values(), *strays):
             tally = lane.now
@@ -260,8 +281,8 @@ class Windows:
                 continue
             lane.now = Tally()
             tally.served = len(lane.total_ms)
-            tally.latency, lane.total_ms = count_bins(lane.total_ms), []
-            tally.upstream, lane.upstream_ms = count_bins(lane.upstream_ms), []
+            tally.latency, lane.total_ms = count_bins(lane.total_ms), array("d")
+            tally.upstream, lane.upstream_ms = count_bins(lane.upstream_ms), array("d")
             for name in ("fell_back", "mismatched", "failed_open"):
                 if getattr(lane, name):
                     setattr(tally, name, tally.requests)
@@ -364,8 +385,8 @@ class Windows:
         group = GroupKey(key.flag, key.stratum, key.step)
         if group not in self.groups:
             if len(self.groups) >= MAX_GROUPS:
-                self.groups.popitem(last=False)
                 self._forget_lanes()
+                self.groups.popitem(last=False)
                 self._drop("groups")
             self.groups[group] = Group(PredictionComparison(self.kind_of(key.flag)))
         return self.groups[group]

@@ -24,43 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0f\x61\x63\x63\x65sslog.proto\x12\nperch.wire\"\xb5\x02\n\x17StreamAccessLogsMessage\x12\x42\n\nidentifier\x18\x01 \x01(\x0b\x32..perch.wire.StreamAccessLogsMessage.Identifier\x12K\n\thttp_logs\x18\x02 \x01(\x0b\x32\x38.perch.wire.StreamAccessLogsMessage.HTTPAccessLogEntries\x1a>\n\nIdentifier\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.perch.wire.Node\x12\x10\n\x08log_name\x18\x02 \x01(\x0c\x1aI\n\x14HTTPAccessLogEntries\x12\x31\n\tlog_entry\x18\x01 \x03(\x0b\x32\x1e.perch.wire.HTTPAccessLogEntry\"\x12\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x82\x01\n\x12HTTPAccessLogEntry\x12\x36\n\x11\x63ommon_properties\x18\x01 \x01(\x0b\x32\x1b.perch.wire.AccessLogCommon\x12\x34\n\x08response\x18\x04 \x01(\x0b\x32\".perch.wire.HTTPResponseProperties\"\xea\x03\n\x0f\x41\x63\x63\x65ssLogCommon\x12(\n\nstart_time\x18\x05 \x01(\x0b\x32\x14.perch.wire.Interval\x12<\n\x1etime_to_first_upstream_tx_byte\x18\x07 \x01(\x0b\x32\x14.perch.wire.Interval\x12;\n\x1dtime_to_last_upstream_tx_byte\x18\x08 \x01(\x0b\x32\x14.perch.wire.Interval\x12&\n\x1etime_to_first_upstream_rx_byte\x18\t \x01(\x0c\x12;\n\x1dtime_to_last_upstream_rx_byte\x18\n \x01(\x0b\x32\x14.perch.wire.Interval\x12\x16\n\x0eresponse_flags\x18\x10 \x01(\x0c\x12\x10\n\x08metadata\x18\x11 \x01(\x0c\x12\x12\n\nroute_name\x18\x13 \x01(\x0c\x12\x13\n\x0b\x63ustom_tags\x18\x16 \x03(\x0c\x12&\n\x08\x64uration\x18\x17 \x01(\x0b\x32\x14.perch.wire.Interval\x12&\n\x1eupstream_request_attempt_count\x18\x18 \x01(\r\x12\x11\n\tstream_id\x18\x1a \x01(\x0c\x12\x17\n\x0f\x61\x63\x63\x65ss_log_type\x18! \x01(\x05\"*\n\x08Interval\x12\x0f\n\x07seconds\x18\x01 \x01(\x03\x12\r\n\x05nanos\x18\x02 \x01(\x05\"I\n\x16HTTPResponseProperties\x12\x15\n\rresponse_code\x18\x01 \x01(\x0c\x12\x18\n\x10response_headers\x18\x04 \x03(\x0c\"\"\n\x04Text\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x17\n\x06Status\x12\r\n\x05value\x18\x01 \x01(\r\"\xe2\x01\n\rResponseFlags\x12 \n\x18upstream_request_timeout\x18\x03 \x01(\x08\x12)\n!downstream_connection_termination\x18\x0f \x01(\x08\x12\x1b\n\x13stream_idle_timeout\x18\x11 \x01(\x08\x12,\n$upstream_max_stream_duration_reached\x18\x14 \x01(\x08\x12\x18\n\x10\x64uration_timeout\x18\x17 \x01(\x08\x12\x1f\n\x17\x64ownstream_remote_reset\x18\x1c \x01(\x08\"x\n\x08Metadata\x12\x33\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x1a.perch.wire.Metadata.Entry\x1a\x37\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.perch.wire.Struct\"\x18\n\x06Struct\x12\x0e\n\x06\x66ields\x18\x01 \x03(\x0c\"\x8d\x01\n\x05Value\x12\x16\n\x0cnumber_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\x0cH\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x1a\x36\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.perch.wire.ValueB\x06\n\x04kindb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0f\x61\x63\x63\x65sslog.proto\x12\nperch.wire\"\x95\x02\n\x17StreamAccessLogsMessage\x12\x42\n\nidentifier\x18\x01 \x01(\x0b\x32..perch.wire.StreamAccessLogsMessage.Identifier\x12K\n\thttp_logs\x18\x02 \x01(\x0b\x32\x38.perch.wire.StreamAccessLogsMessage.HTTPAccessLogEntries\x1a>\n\nIdentifier\x12\x1e\n\x04node\x18\x01 \x01(\x0b\x32\x10.perch.wire.Node\x12\x10\n\x08log_name\x18\x02 \x01(\x0c\x1a)\n\x14HTTPAccessLogEntries\x12\x11\n\tlog_entry\x18\x01 \x03(\x0c\"\x12\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\x0c\"\x82\x01\n\x12HTTPAccessLogEntry\x12\x36\n\x11\x63ommon_properties\x18\x01 \x01(\x0b\x32\x1b.perch.wire.AccessLogCommon\x12\x34\n\x08response\x18\x04 \x01(\x0b\x32\".perch.wire.HTTPResponseProperties\"\xf2\x03\n\x0f\x41\x63\x63\x65ssLogCommon\x12(\n\nstart_time\x18\x05 \x01(\x0b\x32\x14.perch.wire.Interval\x12<\n\x1etime_to_first_upstream_tx_byte\x18\x07 \x01(\x0b\x32\x14.perch.wire.Interval\x12;\n\x1dtime_to_last_upstream_tx_byte\x18\x08 \x01(\x0b\x32\x14.perch.wire.Interval\x12&\n\x1etime_to_first_upstream_rx_byte\x18\t \x03(\x0c\x12;\n\x1dtime_to_last_upstream_rx_byte\x18\n \x01(\x0b\x32\x14.perch.wire.Interval\x12\x16\n\x0eresponse_flags\x18\x10 \x03(\x0c\x12\x10\n\x08metadata\x18\x11 \x03(\x0c\x12\x12\n\nroute_name\x18\x13 \x03(\x0c\x12\x13\n\x0b\x63ustom_tags\x18\x16 \x03(\x0c\x12&\n\x08\x64uration\x18\x17 \x01(\x0b\x32\x14.perch.wire.Interval\x12*\n\x1eupstream_request_attempt_count\x18\x18 \x03(\rB\x02\x10\x00\x12\x11\n\tstream_id\x18\x1a \x03(\x0c\x12\x1b\n\x0f\x61\x63\x63\x65ss_log_type\x18! \x03(\x05\x42\x02\x10\x00\"2\n\x08Interval\x12\x13\n\x07seconds\x18\x01 \x03(\x03\x42\x02\x10\x00\x12\x11\n\x05nanos\x18\x02 \x03(\x05\x42\x02\x10\x00\"I\n\x16HTTPResponseProperties\x12\x15\n\rresponse_code\x18\x01 \x03(\x0c\x12\x18\n\x10response_headers\x18\x04 \x03(\x0c\"\"\n\x04Text\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\"\x17\n\x06Status\x12\r\n\x05value\x18\x01 \x01(\r\"\xe2\x01\n\rResponseFlags\x12 \n\x18upstream_request_timeout\x18\x03 \x01(\x08\x12)\n!downstream_connection_termination\x18\x0f \x01(\x08\x12\x1b\n\x13stream_idle_timeout\x18\x11 \x01(\x08\x12,\n$upstream_max_stream_duration_reached\x18\x14 \x01(\x08\x12\x18\n\x10\x64uration_timeout\x18\x17 \x01(\x08\x12\x1f\n\x17\x64ownstream_remote_reset\x18\x1c \x01(\x08\"x\n\x08Metadata\x12\x33\n\x0f\x66ilter_metadata\x18\x01 \x03(\x0b\x32\x1a.perch.wire.Metadata.Entry\x1a\x37\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.perch.wire.Struct\"\x18\n\x06Struct\x12\x0e\n\x06\x66ields\x18\x01 \x03(\x0c\"\x8d\x01\n\x05Value\x12\x16\n\x0cnumber_value\x18\x02 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x03 \x01(\x0cH\x00\x12\x14\n\nbool_value\x18\x04 \x01(\x08H\x00\x1a\x36\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.perch.wire.ValueB\x06\n\x04kindb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'accesslog_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ACCESSLOGCOMMON'].fields_by_name['upstream_request_attempt_count']._loaded_options = None
+  _globals['_ACCESSLOGCOMMON'].fields_by_name['upstream_request_attempt_count']._serialized_options = b'\020\000'
+  _globals['_ACCESSLOGCOMMON'].fields_by_name['access_log_type']._loaded_options = None
+  _globals['_ACCESSLOGCOMMON'].fields_by_name['access_log_type']._serialized_options = b'\020\000'
+  _globals['_INTERVAL'].fields_by_name['seconds']._loaded_options = None
+  _globals['_INTERVAL'].fields_by_name['seconds']._serialized_options = b'\020\000'
+  _globals['_INTERVAL'].fields_by_name['nanos']._loaded_options = None
+  _globals['_INTERVAL'].fields_by_name['nanos']._serialized_options = b'\020\000'
   _globals['_STREAMACCESSLOGSMESSAGE']._serialized_start=32
-  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_end=341
+  _globals['_STREAMACCESSLOGSMESSAGE']._serialized_end=309
   _globals['_STREAMACCESSLOGSMESSAGE_IDENTIFIER']._serialized_start=204
   _globals['_STREAMACCESSLOGSMESSAGE_IDENTIFIER']._serialized_end=266
   _globals['_STREAMACCESSLOGSMESSAGE_HTTPACCESSLOGENTRIES']._serialized_start=268
-  _globals['_STREAMACCESSLOGSMESSAGE_HTTPACCESSLOGENTRIES']._serialized_end=341
-  _globals['_NODE']._serialized_start=343
-  _globals['_NODE']._serialized_end=361
-  _globals['_HTTPACCESSLOGENTRY']._serialized_start=364
-  _globals['_HTTPACCESSLOGENTRY']._serialized_end=494
-  _globals['_ACCESSLOGCOMMON']._serialized_start=497
-  _globals['_ACCESSLOGCOMMON']._serialized_end=987
-  _globals['_INTERVAL']._serialized_start=989
-  _globals['_INTERVAL']._serialized_end=1031
-  _globals['_HTTPRESPONSEPROPERTIES']._serialized_start=1033
-  _globals['_HTTPRESPONSEPROPERTIES']._serialized_end=1106
-  _globals['_TEXT']._serialized_start=1108
-  _globals['_TEXT']._serialized_end=1142
-  _globals['_STATUS']._serialized_start=1144
-  _globals['_STATUS']._serialized_end=1167
-  _globals['_RESPONSEFLAGS']._serialized_start=1170
-  _globals['_RESPONSEFLAGS']._serialized_end=1396
-  _globals['_METADATA']._serialized_start=1398
-  _globals['_METADATA']._serialized_end=1518
-  _globals['_METADATA_ENTRY']._serialized_start=1463
-  _globals['_METADATA_ENTRY']._serialized_end=1518
-  _globals['_STRUCT']._serialized_start=1520
-  _globals['_STRUCT']._serialized_end=1544
-  _globals['_VALUE']._serialized_start=1547
-  _globals['_VALUE']._serialized_end=1688
-  _globals['_VALUE_ENTRY']._serialized_start=1626
-  _globals['_VALUE_ENTRY']._serialized_end=1680
+  _globals['_STREAMACCESSLOGSMESSAGE_HTTPACCESSLOGENTRIES']._serialized_end=309
+  _globals['_NODE']._serialized_start=311
+  _globals['_NODE']._serialized_end=329
+  _globals['_HTTPACCESSLOGENTRY']._serialized_start=332
+  _globals['_HTTPACCESSLOGENTRY']._serialized_end=462
+  _globals['_ACCESSLOGCOMMON']._serialized_start=465
+  _globals['_ACCESSLOGCOMMON']._serialized_end=963
+  _globals['_INTERVAL']._serialized_start=965
+  _globals['_INTERVAL']._serialized_end=1015
+  _globals['_HTTPRESPONSEPROPERTIES']._serialized_start=1017
+  _globals['_HTTPRESPONSEPROPERTIES']._serialized_end=1090
+  _globals['_TEXT']._serialized_start=1092
+  _globals['_TEXT']._serialized_end=1126
+  _globals['_STATUS']._serialized_start=1128
+  _globals['_STATUS']._serialized_end=1151
+  _globals['_RESPONSEFLAGS']._serialized_start=1154
+  _globals['_RESPONSEFLAGS']._serialized_end=1380
+  _globals['_METADATA']._serialized_start=1382
+  _globals['_METADATA']._serialized_end=1502
+  _globals['_METADATA_ENTRY']._serialized_start=1447
+  _globals['_METADATA_ENTRY']._serialized_end=1502
+  _globals['_STRUCT']._serialized_start=1504
+  _globals['_STRUCT']._serialized_end=1528
+  _globals['_VALUE']._serialized_start=1531
+  _globals['_VALUE']._serialized_end=1672
+  _globals['_VALUE_ENTRY']._serialized_start=1610
+  _globals['_VALUE_ENTRY']._serialized_end=1664
 # @@protoc_insertion_point(module_scope)

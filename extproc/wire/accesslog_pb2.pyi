@@ -18,8 +18,8 @@ class StreamAccessLogsMessage(_message.Message):
     class HTTPAccessLogEntries(_message.Message):
         __slots__ = ("log_entry",)
         LOG_ENTRY_FIELD_NUMBER: _ClassVar[int]
-        log_entry: _containers.RepeatedCompositeFieldContainer[HTTPAccessLogEntry]
-        def __init__(self, log_entry: _Optional[_Iterable[_Union[HTTPAccessLogEntry, _Mapping]]] = ...) -> None: ...
+        log_entry: _containers.RepeatedScalarFieldContainer[bytes]
+        def __init__(self, log_entry: _Optional[_Iterable[bytes]] = ...) -> None: ...
     IDENTIFIER_FIELD_NUMBER: _ClassVar[int]
     HTTP_LOGS_FIELD_NUMBER: _ClassVar[int]
     identifier: StreamAccessLogsMessage.Identifier
@@ -58,33 +58,33 @@ class AccessLogCommon(_message.Message):
     start_time: Interval
     time_to_first_upstream_tx_byte: Interval
     time_to_last_upstream_tx_byte: Interval
-    time_to_first_upstream_rx_byte: bytes
+    time_to_first_upstream_rx_byte: _containers.RepeatedScalarFieldContainer[bytes]
     time_to_last_upstream_rx_byte: Interval
-    response_flags: bytes
-    metadata: bytes
-    route_name: bytes
+    response_flags: _containers.RepeatedScalarFieldContainer[bytes]
+    metadata: _containers.RepeatedScalarFieldContainer[bytes]
+    route_name: _containers.RepeatedScalarFieldContainer[bytes]
     custom_tags: _containers.RepeatedScalarFieldContainer[bytes]
     duration: Interval
-    upstream_request_attempt_count: int
-    stream_id: bytes
-    access_log_type: int
-    def __init__(self, start_time: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_last_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_rx_byte: _Optional[bytes] = ..., time_to_last_upstream_rx_byte: _Optional[_Union[Interval, _Mapping]] = ..., response_flags: _Optional[bytes] = ..., metadata: _Optional[bytes] = ..., route_name: _Optional[bytes] = ..., custom_tags: _Optional[_Iterable[bytes]] = ..., duration: _Optional[_Union[Interval, _Mapping]] = ..., upstream_request_attempt_count: _Optional[int] = ..., stream_id: _Optional[bytes] = ..., access_log_type: _Optional[int] = ...) -> None: ...
+    upstream_request_attempt_count: _containers.RepeatedScalarFieldContainer[int]
+    stream_id: _containers.RepeatedScalarFieldContainer[bytes]
+    access_log_type: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, start_time: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_last_upstream_tx_byte: _Optional[_Union[Interval, _Mapping]] = ..., time_to_first_upstream_rx_byte: _Optional[_Iterable[bytes]] = ..., time_to_last_upstream_rx_byte: _Optional[_Union[Interval, _Mapping]] = ..., response_flags: _Optional[_Iterable[bytes]] = ..., metadata: _Optional[_Iterable[bytes]] = ..., route_name: _Optional[_Iterable[bytes]] = ..., custom_tags: _Optional[_Iterable[bytes]] = ..., duration: _Optional[_Union[Interval, _Mapping]] = ..., upstream_request_attempt_count: _Optional[_Iterable[int]] = ..., stream_id: _Optional[_Iterable[bytes]] = ..., access_log_type: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Interval(_message.Message):
     __slots__ = ("seconds", "nanos")
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     NANOS_FIELD_NUMBER: _ClassVar[int]
-    seconds: int
-    nanos: int
-    def __init__(self, seconds: _Optional[int] = ..., nanos: _Optional[int] = ...) -> None: ...
+    seconds: _containers.RepeatedScalarFieldContainer[int]
+    nanos: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, seconds: _Optional[_Iterable[int]] = ..., nanos: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HTTPResponseProperties(_message.Message):
     __slots__ = ("response_code", "response_headers")
     RESPONSE_CODE_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_HEADERS_FIELD_NUMBER: _ClassVar[int]
-    response_code: bytes
+    response_code: _containers.RepeatedScalarFieldContainer[bytes]
     response_headers: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, response_code: _Optional[bytes] = ..., response_headers: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    def __init__(self, response_code: _Optional[_Iterable[bytes]] = ..., response_headers: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("key", "value")

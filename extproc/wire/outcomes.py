@@ -1,7 +1,8 @@
 """bytes -> outcomes: one serialized StreamAccessLogsMessage of Envoy in, what became of its requests out.
 
-Little of an entry differs from one request to the next, so most parts are parsed once and then looked up by their
-bytes. The lookups are bounded; what is not found there is parsed as the proto says, in whatever order its fields come.
+Entries are read many at once, as columns. Little of an entry differs from one request to the next, so most parts are
+parsed once and then looked up by their bytes. The lookups are bounded; what is not found there is parsed as the proto
+says, in whatever order its fields come.
 """
 
 import struct
@@ -11,16 +12,8 @@ from typing import NamedTuple, TypeVar
 from google.protobuf.message import DecodeError
 
 from extproc.core.outcomes import Arm, Assignment, Outcome
-from extproc.wire.accesslog_pb2 import (
-    AccessLogCommon,
-    HTTPAccessLogEntry,
-    Metadata,
-    ResponseFlags,
-    Status,
-    StreamAccessLogsMessage,
-    Text,
-    Value,
-)
+from extproc.wire.accesslog_pb2 import Metadata, ResponseFlags, Status, StreamAccessLogsMessage, Text, Value
+from extproc.wire.columns import ColumnReader, Columns
 
 _ENDED = 6
 """AccessLogType.DownstreamEnd: the entry was written at the request's end."""
@@ -76,63 +69,68 @@ def read_slices(message: bytes, at_most: int) -> Iterator[Batch]:
     node, log_name = None, ""
     if parsed.HasField("identifier"):
         node, log_name = (_str(text[:_NAME_BYTES]) for text in (parsed.identifier.node.id, parsed.identifier.log_name))
-    entries = parsed.http_logs.log_entry
+    entries = parsed.http_logs.log_entry[:]
     for start in range(0, len(entries) or 1, at_most):
-        outcomes: list[Outcome] = []
-        unreadable = 0
-        for entry in entries[start : start + at_most]:
-            try:
-                outcomes.append(_outcome(entry))
-            except (DecodeError, ValueError):
-                unreadable += 1
-        yield Batch(node, log_name, outcomes, unreadable)
+        yield Batch(node, log_name, *_read(entries[start : start + at_most]) if entries else ([], 0))
 
 
-def _outcome(entry: HTTPAccessLogEntry) -> Outcome:
-    """One entry's outcome. Raises DecodeError for broken bytes, ValueError for what cannot be."""
-    common, response = entry.common_properties, entry.response
-    began, lasted = common.start_time, common.duration
-    began_s = began.seconds
-    total_s = lasted.seconds + lasted.nanos * 1e-9
-    if began_s <= 0 or total_s < 0 or common.access_log_type != _ENDED:
-        raise ValueError("a time that cannot be, or not the end of a request")
-    assignment, unit_hash = _assigned(common.metadata)
-    model, arm, inference = _ROUTES[common.route_name]
-    served, failed_open, tagged_version = _TAGS[tuple(common.custom_tags[:])]
-    predictions, count, model_version = _ANSWERS[tuple(response.response_headers[:])]
-    deadline, stalled, aborted = _FLAGS[common.response_flags]
-    status = _STATUSES[response.response_code]
-    upstream_ms = _upstream_ms(common)
-    if upstream_ms is None:
-        if not common.time_to_first_upstream_rx_byte:
+def _read(entries: list[bytes]) -> tuple[list[Outcome], int]:
+    """Outcomes, and how many entries have none. Entries are read together, and in halves where one is broken."""
+    try:
+        return _outcomes(_READER.read(entries))
+    except (DecodeError, ValueError):
+        if len(entries) == 1:
+            return [], 1
+    middle = len(entries) // 2
+    (first, broken), (second, more) = _read(entries[:middle]), _read(entries[middle:])
+    return first + second, broken + more
+
+
+def _outcomes(columns: Columns) -> tuple[list[Outcome], int]:
+    """The outcome of each entry, in one loop: a call for each would take longer than what it does.
+
+    Entries with a time that cannot be, or not of a request's end, have none; the second result is how many.
+    Raises DecodeError for broken bytes, ValueError for what cannot be.
+    """
+    outcomes: list[Outcome] = []
+    unreadable = 0
+    for (
+        began_s, began_ns, lasted_s, lasted_ns, first_s, first_ns, sent_s, sent_ns, received_s, received_ns,
+        answered, flags, metadata, route, attempts, request_id, type_, code, tags, headers,
+    ) in zip(*columns, strict=True):  # fmt: skip
+        total_s = lasted_s + lasted_ns * 1e-9
+        if began_s <= 0 or total_s < 0 or type_ != _ENDED:
+            unreadable += 1
+            continue
+        assignment, unit_hash = _assigned(metadata)
+        model, arm, inference = _ROUTES[route]
+        served, failed_open, tagged_version = _TAGS[tags]
+        predictions, count, model_version = _ANSWERS[headers]
+        deadline, stalled, aborted = _FLAGS[flags]
+        status = _STATUSES[code]
+        whole = sent_s or sent_ns
+        upstream_ms = None
+        if received_s or received_ns:
+            # From the request's last byte, or from its first where not all of it was sent by then.
+            if whole:
+                upstream_ms = (received_s - sent_s) * 1e3 + (received_ns - sent_ns) * 1e-6
+            else:
+                upstream_ms = (received_s - first_s) * 1e3 + (received_ns - first_ns) * 1e-6
+            if not upstream_ms > 0:
+                upstream_ms = 0.0
+        elif not answered:
             served = ""  # the host that was tried last did not answer
         elif status < 500 and not (deadline or aborted):
             status = 0  # an answer that broke off is none
-    if stalled and common.HasField("time_to_last_upstream_tx_byte"):
-        deadline = True  # without all of the request the model could not have answered: a stalled upload
-    fields = (
-        assignment, unit_hash, model, arm, served, inference, failed_open, status,
-        common.upstream_request_attempt_count, deadline, aborted, upstream_ms, total_s * 1e3,
-        model_version or tagged_version, predictions, count, common.stream_id.decode(),
-        began_s + began.nanos * 1e-9 + total_s,
-    )  # fmt: skip
-    return _new(Outcome, fields)
-
-
-def _upstream_ms(common: AccessLogCommon) -> float | None:
-    """From the request's last byte to the answer's last, or from its first where not all of it was sent by then.
-
-    None where there is no whole answer.
-    """
-    received = common.time_to_last_upstream_rx_byte
-    seconds, nanos = received.seconds, received.nanos
-    if not (nanos or seconds):
-        return None
-    sent = common.time_to_last_upstream_tx_byte
-    if not (sent.nanos or sent.seconds):
-        sent = common.time_to_first_upstream_tx_byte
-    took_ms = (seconds - sent.seconds) * 1e3 + (nanos - sent.nanos) * 1e-6
-    return took_ms if took_ms > 0 else 0.0
+        if stalled and whole:
+            deadline = True  # without all of the request the model could not have answered: a stalled upload
+        fields = (
+            assignment, unit_hash, model, arm, served, inference, failed_open, status, attempts, deadline, aborted,
+            upstream_ms, total_s * 1e3, model_version or tagged_version, predictions, count, request_id.decode(),
+            began_s + began_ns * 1e-9 + total_s,
+        )  # fmt: skip
+        outcomes.append(_new(Outcome, fields))
+    return outcomes, unreadable
 
 
 class _Known(dict[_K, _V]):
@@ -168,7 +166,7 @@ def _assigned(metadata: bytes) -> tuple[Assignment | None, int | None]:
             assignment, number = _parse_metadata(metadata)
     if number is None:
         return assignment, None
-    if not 0.0 <= number <= 4294967295.0 or number % 1.0:
+    if not (0.0 <= number <= 4294967295.0 and number.is_integer()):
         raise ValueError(f"{number} is no hash")
     return assignment, int(number)
 
@@ -250,6 +248,7 @@ def _str(text: bytes) -> str:
     return text.decode(errors="replace")
 
 
+_READER = ColumnReader()
 _WITH_HASH = _Known(_parse_around, 32_768)  # an assignment comes in up to 7! orders
 _WITHOUT_HASH = _Known(_parse_metadata, 4096)
 _FIELDS = _Known(_parse_field, 4096)

@@ -22,6 +22,28 @@ def test_a_unit_is_new_once_however_often_it_comes(hashes):
     assert len(told) == len(set(hashes))
 
 
+@given(
+    st.lists(st.integers(0, 300), max_size=400),
+    st.lists(st.integers(0, HASHES - 1), max_size=400),
+    st.sampled_from((1, 50, 8192)),
+)
+def test_many_units_at_once_are_as_new_as_one_after_the_other(often, rarely, at_once):
+    together, alone = Firsts(), Firsts()
+    hashes = often + rarely + often
+    for start in range(0, len(hashes), at_once):
+        some = hashes[start : start + at_once]
+        assert together.new_among(some) == [at for at, unit in enumerate(some) if alone.first(unit)]
+    assert together._bits == alone._bits
+
+
+def test_many_units_at_once_are_as_new_as_one_after_the_other_also_in_a_crowded_filter():
+    together, alone = Firsts(), Firsts()
+    for seed in range(4):
+        hashes = different_hashes(300_000, seed=seed)
+        assert together.new_among(hashes) == [at for at, unit in enumerate(hashes) if alone.first(unit)]
+    assert together._bits == alone._bits
+
+
 def test_of_a_hundred_thousand_units_none_is_missed_but_those_with_equal_hashes():
     hashes = [hash_unit(b"digits:", b"user-%d" % i) for i in range(100_000)]
     seen = Firsts()

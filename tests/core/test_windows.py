@@ -344,6 +344,7 @@ def test_endless_flags_rules_and_labels_stay_within_bounds_and_lose_no_request(m
     assert len(windows.shown) <= 101
     assert len(windows.labels("one", "stable")) <= 101
     assert sum(window.total().requests for window in windows.shown.values()) == 2 * n
+    assert sum(window.total().units for window in windows.shown.values()) == 2 * n
     assert windows.dropped["groups"] == 2 * n - 64
 
 

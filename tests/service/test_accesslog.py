@@ -31,10 +31,13 @@ def message(*ids, node=None):
     entries = [
         HTTPAccessLogEntry(
             common_properties=AccessLogCommon(
-                start_time=Interval(seconds=1), stream_id=one.encode(), route_name=b"digits.stable", access_log_type=6
+                start_time=Interval(seconds=[1]),
+                stream_id=[one.encode()],
+                route_name=[b"digits.stable"],
+                access_log_type=[6],
             ),
-            response=HTTPResponseProperties(response_code=b"\x08\xc8\x01"),
-        )
+            response=HTTPResponseProperties(response_code=[b"\x08\xc8\x01"]),
+        ).SerializeToString()
         for one in ids
     ]
     made = StreamAccessLogsMessage(http_logs=StreamAccessLogsMessage.HTTPAccessLogEntries(log_entry=entries))
@@ -44,7 +47,7 @@ def message(*ids, node=None):
     return made.SerializeToString()
 
 
-UNFINISHED = HTTPAccessLogEntry(common_properties=AccessLogCommon(access_log_type=5))
+UNFINISHED = HTTPAccessLogEntry(common_properties=AccessLogCommon(access_log_type=[5])).SerializeToString()
 INTERMEDIATE = StreamAccessLogsMessage(
     http_logs=StreamAccessLogsMessage.HTTPAccessLogEntries(log_entry=[UNFINISHED])
 ).SerializeToString()

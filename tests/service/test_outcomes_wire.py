@@ -20,7 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.core.outcomes import Assignment, Outcome
+from extproc.wire import columns
 from extproc.wire import outcomes as wire
+from extproc.wire.accesslog_pb2 import StreamAccessLogsMessage
+from extproc.wire.columns import ColumnReader
 from extproc.wire.outcomes import Batch, UnreadableLogError, read_outcomes, read_slices
 
 PERCH = {"flag": "digits", "model": "digits", "cohort": "canary", "reason": "SPLIT", "version": "0123456789ab.7"}
@@ -314,6 +317,73 @@ def test_slices_are_the_message_in_parts(count, at_most):
     assert [one.request_id for part in parts for one in part.outcomes] == [str(number) for number in range(count)]
     assert all(len(part.outcomes) <= at_most and part.node == "edge-1" for part in parts)
     assert len(parts) == max(-(-count // at_most), 1)
+
+
+ODD = [
+    entry(),
+    entry(None, headers={}),
+    entry(504, headers={}, time_to_first_upstream_rx_byte=None, time_to_last_upstream_rx_byte=None),
+    entry(413, time_to_last_upstream_tx_byte=None, response_flags=flags("stream_idle_timeout")),
+    entry(time_to_last_upstream_rx_byte=ms(2000), duration=ms(3000), upstream_request_attempt_count=2),
+    entry(headers=HEADERS | {"x-other": "1"}, custom_tags=NORMAL["custom_tags"] | {"model_version": "3"}),
+    entry(headers={"x-model-prediction": "1"}, custom_tags={"served": "stable"}),
+    entry(metadata=None, route_name="livez", custom_tags=None),
+    entry(metadata=metadata(None, rule="testers"), upstream_request_attempt_count=None, stream_id=None),
+    entry(metadata=metadata(0.5)),
+    entry(access_log_type=None),
+    entry(start_time=None),
+    HttpAccessLogEntry(),
+]
+
+
+def framed(*entries):
+    """A message of entries whose bytes may be anything."""
+    return StreamAccessLogsMessage(http_logs={"log_entry": entries}).SerializeToString()
+
+
+def alone(entries):
+    """Outcomes of entries of which each is read from a message of its own, and the number of those without one."""
+    batches = [read_outcomes(framed(one)) for one in entries]
+    return [one for batch in batches for one in batch.outcomes], sum(batch.unreadable for batch in batches)
+
+
+def together(entries):
+    batch = read_outcomes(framed(*entries))
+    return batch.outcomes, batch.unreadable
+
+
+@given(st.lists(st.sampled_from([bytes(one) for one in ODD]) | st.just(bytes(entry())), max_size=30))
+def test_entries_read_together_are_what_each_of_them_is_alone(entries):
+    assert together(entries) == alone(entries)
+
+
+def test_an_entry_that_is_cut_costs_at_most_itself():
+    whole = bytes(entry())
+    for cut in range(len(whole)):
+        entries = [whole, whole[:cut], bytes(ODD[1]), whole]
+        assert together(entries) == alone(entries)
+        assert together(entries)[0][-1] == OUTCOME
+
+
+def test_an_entry_that_takes_the_mark_after_it_for_its_own_is_found_out():
+    whole = bytes(entry())
+    mark = b"".join(one.entry for one in columns._OFTEN)
+    greedy = whole + field(5, mark)[: -len(mark)]  # announces as many bytes as a mark has
+    with pytest.raises(ValueError, match="ends within the next one"):
+        ColumnReader().read([greedy, whole])
+    assert together([whole, greedy, whole]) == ([OUTCOME, OUTCOME], 1)
+
+
+def test_which_fields_some_entries_lack_is_remembered_for_a_while():
+    reader, regular = ColumnReader(), [bytes(entry())] * 3
+    assert reader.read([*regular, bytes(ODD[2])]).received_ns[-2:] == [11_500_000, 0]
+    marked = set(reader._marked)
+    assert marked
+    reader.read(regular)
+    assert reader._marked == marked
+    for _ in range(100):
+        assert reader.read(regular).received_ns == [11_500_000] * 3
+    assert not reader._marked
 
 
 TEXT = st.text(max_size=20)
