@@ -5,7 +5,7 @@ import json
 import socket
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,9 @@ from extproc.wire.answer import LESSONS, Answerer
 COUNT_EVERY_S = 1.0
 SLICE = 2_000
 """Units counted, or rows told, between two looks at the loop: well under a millisecond."""
+
+MANY = 1_000
+"""Of so many requests, a unit with the share of a heavy one has some fifty."""
 
 GAUGES_AT_ONCE = 100
 ROWS_PER_REPORT = 500
@@ -105,20 +108,13 @@ class Answering:
         by_flag: dict[str, Counter[int]] = {}
         requests: Counter[str] = Counter()
         while some := list(islice(entries, SLICE)):
-            # A ruleset published meanwhile has other choices: at worst a second's units count for another flag.
-            flags = {index: choices[min(index, len(choices) - 1)].flag for index in {entry >> 32 for entry in some}}
-            for index, n in Counter([entry >> 32 for entry in some]).items():
-                requests[flags[index]] += n
-            # Of so many, a unit that came once is none of those looked for, and nearly all came once.
-            once_counts = len(some) < SLICE
-            for entry, n in Counter(some).items():
-                if n > 1 or once_counts:
-                    by_flag.setdefault(flags[entry >> 32], Counter())[entry & 0xFFFFFFFF] += n
+            for flag, (counts, n) in units_by_flag(some, choices).items():
+                by_flag.setdefault(flag, Counter()).update(counts)
+                requests[flag] += n
             await asyncio.sleep(0)
-        for flag, n in requests.items():
-            counts = by_flag.get(flag, Counter())
+        for flag, counts in by_flag.items():
             heavy = self._heavy.setdefault(flag, HeavyHitters())
-            heavy.add(counts, now_s, n - counts.total())
+            heavy.add(counts, now_s, requests[flag] - counts.total())
             await asyncio.sleep(0)
 
     def _heaviest(self) -> dict[str, tuple[float, str | None]]:
@@ -159,6 +155,24 @@ class Answering:
         if len(self._totals) > MAX_TOTALS:
             # Counting begins anew under another id: control keeps what it has, and memory here stays bounded.
             self._boot, self._totals, self._changed = uuid.uuid4().hex, {}, {}
+
+
+def units_by_flag(entries: Sequence[int], choices: Sequence[Choice]) -> dict[str, tuple[Counter[int], int]]:
+    """Entries of Answerer.seen by flag: the requests of units that may be heavy, and the number of all requests.
+
+    Of MANY requests for a flag, a unit that came once is none of the heavy ones, and in busy traffic nearly all are.
+    """
+    # A ruleset published meanwhile has other choices: at worst a second's units count for another flag.
+    flags = {index: choices[min(index, len(choices) - 1)].flag for index in {entry >> 32 for entry in entries}}
+    requests: Counter[str] = Counter()
+    for index, n in Counter([entry >> 32 for entry in entries]).items():
+        requests[flags[index]] += n
+    few = {flag for flag, n in requests.items() if n < MANY}
+    units: dict[str, Counter[int]] = {flag: Counter() for flag in requests}
+    for entry, n in Counter(entries).items():
+        if n > 1 or (few and flags[entry >> 32] in few):
+            units[flags[entry >> 32]][entry & 0xFFFFFFFF] += n
+    return {flag: (units[flag], n) for flag, n in requests.items()}
 
 
 def tags_of(choice: Choice) -> dict[str, str]:

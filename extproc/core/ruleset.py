@@ -273,6 +273,7 @@ class Draft:
         self._plans[prefix] = plan
         self._choices.extend(plan.choices)
         self._units.update(dict.fromkeys((reader.header for reader in plan.readers if reader.cookie is None), 1))
+        self._read.update(reader.header for reader in plan.readers if reader.cookie is not None)
         for rule in flag.rules:
             self._read.update(name.encode() for name in headers_read(rule.when))
         return plan

@@ -14,7 +14,7 @@ from extproc.transport.frames import DATA, END_HEADERS, END_STREAM, HEAD_BYTES, 
 from extproc.transport.heads import Call, Head
 from extproc.transport.messages import PREFIX_BYTES
 from extproc.transport.states import Life
-from extproc.transport.streams import Stream
+from extproc.transport.streams import REMEMBERED, Stream
 
 if TYPE_CHECKING:
     from extproc.transport.calls import Answer
@@ -46,7 +46,7 @@ class Exchanges:
         self._behind: dict[int, tuple[bytes, bytes]] = {}
         """By the size of a reply: what stands between the two stream numbers, and behind the second."""
 
-    def run(self, data: bytes, place: int, credit: int) -> tuple[int, int, int]:  # noqa: PLR0915  the hot loop
+    def run(self, data: bytes, place: int, credit: int) -> tuple[int, int, int]:  # noqa: C901, PLR0912, PLR0915  the hot loop
         """Answers from `place` on; of the connection's window `credit` bytes may be used.
 
         Returns the place of the first frame that was not dealt with, the credit used, and the number of answers.
@@ -99,17 +99,19 @@ class Exchanges:
                 place = stop
             elif stream_id not in brief:
                 break
-            elif kind == DATA and flags == END_STREAM and not (low or high):
-                parts += (_END, data[place + 5 : begin], messages.OK_TRAILERS)
-                del brief[stream_id]
-                closed[stream_id] = Life.ENDED
-                place = begin
-            elif kind == RST_STREAM and low == _RESET_BYTES <= end - begin and not high:
-                del brief[stream_id]
-                closed[stream_id] = Life.RESET_BY_CLIENT
-                place = begin + _RESET_BYTES
             else:
-                break
+                if kind == DATA and flags == END_STREAM and not (low or high):
+                    life = Life.ENDED
+                    parts += (_END, data[place + 5 : begin], messages.OK_TRAILERS)
+                elif kind == RST_STREAM and low == _RESET_BYTES <= end - begin and not high:
+                    life = Life.RESET_BY_CLIENT
+                else:
+                    break
+                del brief[stream_id]
+                if len(closed) >= REMEMBERED:
+                    closed = streams.closed()
+                closed[stream_id] = life
+                place = begin + low
         streams.last_id = last_id
         return place, credit - spare, answers
 

@@ -61,7 +61,8 @@ class Answerer:
             if found and after:
                 size = after[0]
                 unit = after[1 : size + 1]
-                shape = (before, tag, size, after[size + 1 :])
+                if len(unit) == size:
+                    shape = (before, tag, size, after[size + 1 :])
                 break
         outcome: Choice | Split | bytes | None = published.shapes.known.get(shape)
         if outcome is None:
@@ -94,5 +95,5 @@ class Answerer:
         outcome = outcome_of(ruleset, request)
         if self.lessons > 0:
             self.lessons -= 1
-            published.shapes.learn(shape, unit, outcome)
+            published.shapes.learn(shape, unit, request, outcome)
         return (outcome, b"") if isinstance(outcome, Choice) else outcome

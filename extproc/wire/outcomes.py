@@ -89,8 +89,8 @@ def _read(entries: list[bytes]) -> tuple[list[Outcome], int]:
 def _outcomes(columns: Columns) -> tuple[list[Outcome], int]:
     """The outcome of each entry, in one loop: a call for each would take longer than what it does.
 
-    Entries with a time that cannot be, or not of a request's end, have none; the second result is how many.
-    Raises DecodeError for broken bytes, ValueError for what cannot be.
+    Entries with broken parts, with a time that cannot be, or not of a request's end have none; the second result is how
+    many.
     """
     outcomes: list[Outcome] = []
     unreadable = 0
@@ -102,12 +102,16 @@ def _outcomes(columns: Columns) -> tuple[list[Outcome], int]:
         if began_s <= 0 or total_s < 0 or type_ != _ENDED:
             unreadable += 1
             continue
-        assignment, unit_hash = _assigned(metadata)
-        model, arm, inference = _ROUTES[route]
-        served, failed_open, tagged_version = _TAGS[tags]
-        predictions, count, model_version = _ANSWERS[headers]
-        deadline, stalled, aborted = _FLAGS[flags]
-        status = _STATUSES[code]
+        try:
+            assignment, unit_hash = _assigned(metadata)
+            model, arm, inference = _ROUTES[route]
+            served, failed_open, tagged_version = _TAGS[tags]
+            predictions, count, model_version = _ANSWERS[headers]
+            deadline, stalled, aborted = _FLAGS[flags]
+            status = _STATUSES[code]
+        except (DecodeError, ValueError):
+            unreadable += 1
+            continue
         whole = sent_s or sent_ns
         upstream_ms = None
         if received_s or received_ns:
@@ -126,7 +130,7 @@ def _outcomes(columns: Columns) -> tuple[list[Outcome], int]:
             deadline = True  # without all of the request the model could not have answered: a stalled upload
         fields = (
             assignment, unit_hash, model, arm, served, inference, failed_open, status, attempts, deadline, aborted,
-            upstream_ms, total_s * 1e3, model_version or tagged_version, predictions, count, request_id.decode(),
+            upstream_ms, total_s * 1e3, model_version or tagged_version, predictions, count, _str(request_id),
             began_s + began_ns * 1e-9 + total_s,
         )  # fmt: skip
         outcomes.append(_new(Outcome, fields))
@@ -142,7 +146,10 @@ class _Known(dict[_K, _V]):
 
     def __missing__(self, key: _K) -> _V:
         value = self._read(key)
-        if (len(key) if isinstance(key, bytes) else sum(map(len, key))) <= _LONG_BYTES:
+        size = len(key)
+        if not isinstance(key, bytes):
+            size += sum(map(len, key))
+        if size <= _LONG_BYTES:
             if len(self) >= self._most:
                 self.clear()
             self[key] = value

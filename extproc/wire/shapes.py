@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from extproc.core.decision import Hashed, outcome_of
 from extproc.core.request import Request
 from extproc.core.ruleset import Choice, Ruleset, Split
-from extproc.wire.requests import read_request, value_tag
+from extproc.wire.requests import read_request, tag_name, value_tag
 
 MOST_TAGS = 4
 """Unit headers that are looked for in a message."""
@@ -34,27 +34,30 @@ class Shapes:
         self.tags = tuple(value_tag(header) for header in ruleset.unit_headers[:MOST_TAGS] if len(header) < 128)
         self.known: dict[Shape, Choice | Split] = {}
 
-    def learn(self, shape: Shape, unit: bytes, outcome: Choice | Hashed) -> None:
-        """Remembers what a readable message of this shape, with `unit` in it, was decided as; if that can be told."""
+    def learn(self, shape: Shape, unit: bytes, request: Request, outcome: Choice | Hashed) -> None:
+        """Remembers what a message of this shape, with `unit` in it, was read and decided as; if that can be told."""
         before, tag, size, after = shape
         if len(before) + len(after) + size > LONGEST_BYTES:
             return
         lasting: Choice | Split | None = outcome if isinstance(outcome, Choice) else None
         if tag:
-            lasting = self._lasting(shape, unit, outcome)
+            lasting = self._lasting(shape, unit, request, outcome)
         if lasting is not None:
             if len(self.known) >= MOST_SHAPES:
                 self.known.clear()
             self.known[shape] = lasting
 
-    def _lasting(self, shape: Shape, unit: bytes, outcome: Choice | Hashed) -> Choice | Split | None:
+    def _lasting(self, shape: Shape, unit: bytes, request: Request, outcome: Choice | Hashed) -> Choice | Split | None:
         before, tag, size, after = shape
+        name = tag_name(tag)
         other = bytes(255 - byte for byte in unit)
         try:
             twin = read_request(b"".join((before, tag, bytes((size,)), other, after)))
         except DecodeError:  # what looked like the value is something else
             return None
-        found = outcome_of(self._ruleset, twin) if isinstance(twin, Request) else None
+        if not isinstance(twin, Request) or (request.headers.get(name), twin.headers.get(name)) != (unit, other):
+            return None
+        found = outcome_of(self._ruleset, twin)
         if isinstance(outcome, Choice):
             return outcome if found is outcome else None
         if isinstance(found, Hashed) and found.split is outcome.split and (outcome.unit, found.unit) == (unit, other):

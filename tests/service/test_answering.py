@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from extproc.answering import TELL_FOR_SENDS, Answering, Reports
+from extproc.answering import SLICE, TELL_FOR_SENDS, Answering, Reports, units_by_flag
 from extproc.core.decided import Decided, Key
+from extproc.core.flags import Arm
+from extproc.core.ruleset import Choice, Reason
 
 KEY = Key("digits", "digits", "abc.1", "canary", "FORCED", "")
 
@@ -54,3 +56,17 @@ def test_a_listener_is_told_from_the_next_one_at_the_same_path(tmp_path):
     path.touch()
     assert reports.listener() not in (None, first)
     reports.close()
+
+
+def test_units_that_came_once_are_left_out_of_a_busy_flag_and_kept_of_a_small_one():
+    """A tenth of the small flag's requests are one unit's, of which a slice of the busy one's has one."""
+    choices = [Choice(index, flag, flag, Arm.STABLE, Reason.SPLIT) for index, flag in enumerate(("busy", "small"))]
+    busy = [0 << 32 | number for number in range(SLICE - 10 - 7)] + [0 << 32 | 4_000_000] * 7
+    found = units_by_flag([*busy, *(1 << 32 | number for number in range(10))], choices)
+    assert found["busy"] == ({4_000_000: 7}, SLICE - 10)
+    assert found["small"] == (dict.fromkeys(range(10), 1), 10)
+
+
+def test_units_of_a_choice_that_a_smaller_ruleset_does_not_have_are_counted_somewhere():
+    choices = [Choice(0, "only", "only", Arm.STABLE, Reason.SPLIT)]
+    assert units_by_flag([9 << 32 | 5], choices) == {"only": ({5: 1}, 1)}

@@ -262,6 +262,24 @@ def test_broken_bytes_within_an_entry_cost_that_entry_alone():
     assert batch.outcomes[1] == OUTCOME
 
 
+def test_a_request_id_that_is_no_text_is_kept_as_far_as_it_is_one():
+    batch = read_outcomes(message(entry(stream_id="broken"), entry()).replace(b"broken", b"\xff\xfeoken"))
+    assert ([one.request_id for one in batch.outcomes], batch.unreadable) == (
+        ["\ufffd\ufffdoken", OUTCOME.request_id],
+        0,
+    )
+
+
+def test_entries_with_a_part_that_cannot_be_read_do_not_have_the_others_read_again(monkeypatch):
+    reads = []
+    monkeypatch.setattr(
+        ColumnReader, "read", lambda self, entries, real=ColumnReader.read: reads.append(1) or real(self, entries)
+    )
+    bad = entry(metadata=metadata(number=0.5))
+    batch = read_outcomes(message(*[bad, entry()] * 50))
+    assert (len(batch.outcomes), batch.unreadable, len(reads)) == (50, 50, 1)
+
+
 def test_the_fields_of_the_metadata_may_come_in_any_order():
     fields = {name: Value(string_value=text) for name, text in PERCH.items()} | {"hash": Value(number_value=HASH)}
     for order in itertools.permutations(fields):
@@ -301,7 +319,7 @@ def test_what_was_read_once_is_kept_but_neither_much_nor_anything_long():
     assert len(asked) == 3
     assert known[bytes(4)] == 4
     assert len(known) == 1
-    assert [known[bytes(5000)], known[bytes(400), bytes(400)]] == [5000, 2]
+    assert [known[bytes(5000)], known[bytes(400), bytes(400)], known[(b"",) * 1000]] == [5000, 2, 1000]
     assert len(known) == 1
 
 

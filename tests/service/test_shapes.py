@@ -18,7 +18,7 @@ from extproc.wire.ext_proc_pb2 import HeaderMap, HeaderValue, HttpHeaders, Proce
 from extproc.wire.replies import OTHER_PHASES, replies
 from extproc.wire.shapes import LONGEST_BYTES, MOST_SHAPES
 
-MODELS = {name: f"/v2/models/{name}/" for name in ("digits", "wine", "faces", "words", "birds")}
+MODELS = {name: f"/v2/models/{name}/" for name in ("digits", "wine", "faces", "words", "birds", "cats")}
 FLAGS = b"""\
 version: 1
 flags:
@@ -38,6 +38,7 @@ flags:
     canary: 10
     rules: [{name: vip, when: {header: x-vip-id, prefix: a}, serve: canary}]
   birds: {unit: [x-vip-id], canary: 50, enabled: true}
+  cats: {unit: ["cookie:sid", cookie], canary: 50}
 """
 TOKEN = "correct-horse-battery"
 NAMES = [b"x-user-id", b"x-user-id", b"x-session-id", b"x-account-id", b"x-vip-id", b"cookie", b"x-request-id"]
@@ -68,11 +69,11 @@ def published(flags: bytes = FLAGS) -> Published:
 PUBLISHED = published()
 
 
-def message(*pairs: tuple[bytes, bytes], model: str = "digits") -> bytes:
+def message(*pairs: tuple[bytes, bytes], model: str = "digits", tail: bytes = b"B\x00Z\x00") -> bytes:
     every = [(b":path", f"/v2/models/{model}/infer".encode()), *pairs]
     entries = [HeaderValue(key=name, raw_value=value).SerializeToString() for name, value in every]
     headers = HttpHeaders(headers=HeaderMap(headers=entries))
-    return ProcessingRequest(request_headers=headers).SerializeToString() + b"B\x00Z\x00"
+    return ProcessingRequest(request_headers=headers).SerializeToString() + tail
 
 
 def fresh(flags: bytes = FLAGS, *, learning: bool = True) -> Answerer:
@@ -92,9 +93,10 @@ def undecided(monkeypatch):
 
 
 messages = st.builds(
-    lambda pairs, model: message(*pairs, model=model),
+    lambda pairs, model, tail: message(*pairs, model=model, tail=tail),
     st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=4),
     st.sampled_from([*MODELS, "nothing"]),
+    st.sampled_from([b"", b"B\x00Z\x00"]),
 )
 
 
@@ -145,6 +147,31 @@ def test_what_looks_like_the_unit_within_another_value_is_not_taken_for_it():
         for forged in (b"\n\tx-user-id\x1a\x05alice", b"\n\tx-user-id\x1a\x05annie"):
             sent = message((b"x-unknown", forged), (b"x-user-id", user))
             assert looking(sent) == deciding(sent)
+
+
+def test_a_cookie_that_is_a_unit_is_looked_at_however_the_whole_header_is_used():
+    looking, deciding = fresh(), fresh(learning=False)
+    for cookie in (b"foo=alice", b"sid=alice", b"foo=annie", b"sid=annie"):
+        sent = message((b"cookie", cookie), model="cats")
+        assert looking(sent) == deciding(sent)
+
+
+def test_a_message_cut_within_the_unit_is_no_request_of_a_known_shape():
+    looking, deciding = fresh(), fresh(learning=False)
+    whole = message((b"x-user-id", b"alice"), tail=b"")
+    for sent in (whole, *(whole[:-cut] for cut in range(1, 8))):
+        assert looking(sent) == deciding(sent)
+    assert looking.counts == deciding.counts
+
+
+@pytest.mark.parametrize("other", [b"globex", b"acme"])
+def test_what_looks_like_the_unit_within_a_value_that_a_rule_reads_is_not_left_out(other):
+    rule = b"{name: r, when: {header: x-tenant, suffix: acme}, serve: canary}"
+    flags = b"version: 1\nflags:\n  digits: {unit: [x-user-id], canary: 0, rules: [" + rule + b"]}\n"
+    looking, deciding = fresh(flags), fresh(flags, learning=False)
+    for end in (b"abcd", b"acme", other[:4]):
+        sent = message((b"x-tenant", b"\n\tx-user-id\x1a\x04" + end))
+        assert looking(sent) == deciding(sent)
 
 
 def test_a_new_ruleset_begins_without_shapes():
