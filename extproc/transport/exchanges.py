@@ -52,7 +52,7 @@ class Exchanges:
         Returns the place of the first frame that was not dealt with, the credit used, and the number of answers.
         """
         streams, sender = self._streams, self._sender
-        brief, closed = streams.brief, streams.closed()
+        brief, closed = streams.brief, streams.closed
         known, answer, parts = self._heads.ordinary, self._answer, sender.parts
         most = self._most_streams - len(streams.open)
         last_id, spare, answers, end = streams.last_id, credit, 0, len(data)
@@ -109,7 +109,7 @@ class Exchanges:
                     break
                 del brief[stream_id]
                 if len(closed) >= REMEMBERED:
-                    closed = streams.closed()
+                    closed = streams.forget()
                 closed[stream_id] = life
                 place = begin + low
         streams.last_id = last_id

@@ -62,10 +62,10 @@ class Streams:
     """Open streams by identifier, what they hold in memory together, and a bounded memory of closed ones."""
 
     __slots__ = (
-        "_closed",
         "_closed_before",
         "blocked",
         "brief",
+        "closed",
         "last_id",
         "open",
         "partial_bytes",
@@ -85,7 +85,8 @@ class Streams:
         """The highest identifier the peer has used."""
         self.partial_bytes = 0
         self.queued_bytes = 0
-        self._closed: dict[int, Life] = {}
+        self.closed: dict[int, Life] = {}
+        """How the latest ended."""
         self._closed_before: dict[int, Life] = {}
 
     @property
@@ -93,15 +94,15 @@ class Streams:
         """How many are open."""
         return len(self.open) + len(self.brief)
 
-    def closed(self) -> dict[int, Life]:
-        """Where to write how streams end whose end frees nothing else."""
-        if len(self._closed) >= REMEMBERED:
-            self._closed_before, self._closed = self._closed, {}
-        return self._closed
+    def forget(self) -> dict[int, Life]:
+        """Makes room in `closed`, which is full at REMEMBERED; returns it."""
+        if len(self.closed) >= REMEMBERED:
+            self._closed_before, self.closed = self.closed, {}
+        return self.closed
 
     def close(self, stream_id: int, life: Life) -> None:
         """Remembers how a stream ended and frees everything else of it."""
-        self.closed()[stream_id] = life
+        self.forget()[stream_id] = life
         stream = self.open.pop(stream_id, None)
         if stream is None:
             return
@@ -127,4 +128,4 @@ class Streams:
             return Life.CLIENT_DONE if stream.client_done else Life.OPEN
         if stream_id > self.last_id or not stream_id & 1:
             return Life.IDLE
-        return self._closed.get(stream_id) or self._closed_before.get(stream_id) or Life.FORGOTTEN
+        return self.closed.get(stream_id) or self._closed_before.get(stream_id) or Life.FORGOTTEN
