@@ -46,13 +46,13 @@ class Hashed(NamedTuple):
 def decide(ruleset: Ruleset, request: Request) -> Decision:
     """The cohort of one request under one ruleset."""
     outcome = outcome_of(ruleset, request)
-    return Decision(outcome) if isinstance(outcome, Choice) else draw(outcome.split, outcome.unit)
+    return Decision(outcome) if isinstance(outcome, Choice) else _new(Decision, draw(outcome.split, outcome.unit))
 
 
-def draw(split: Split, unit: bytes) -> Decision:
-    """The side of a split that a unit is on."""
+def draw(split: Split, unit: bytes) -> tuple[Choice, int]:
+    """The side of a split that a unit is on, and the unit's hash."""
     unit_hash = hash_unit(split.hash_prefix, unit)
-    return _new(Decision, (split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash))
+    return split.canary if unit_hash < split.first_hash_outside else split.stable, unit_hash
 
 
 def outcome_of(ruleset: Ruleset, request: Request) -> Choice | Hashed:

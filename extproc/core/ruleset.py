@@ -272,7 +272,7 @@ class Draft:
         plan = compile_flag(flag, exposure, len(self._choices))
         self._plans[prefix] = plan
         self._choices.extend(plan.choices)
-        self._units.update(dict.fromkeys((reader.header for reader in plan.readers if reader.cookie is None), 1))
+        self._units.update(reader.header for reader in plan.readers if reader.cookie is None)
         self._read.update(reader.header for reader in plan.readers if reader.cookie is not None)
         for rule in flag.rules:
             self._read.update(name.encode() for name in headers_read(rule.when))

@@ -82,7 +82,7 @@ class Calls:
         if stream.end_block is not None:
             return
         if stream.call is Call.PROCESS and stream.partial is None:
-            self._sender.finish_ok(stream)
+            self._sender.finish(stream, messages.OK_TRAILERS)
             return
         cut_short = bool(stream.partial)
         self._streams.drop_partial(stream)

@@ -17,7 +17,6 @@ from extproc.transport.errors import ErrorCode, Http2ConnectionError, Http2Strea
 from extproc.transport.exchanges import Exchanges
 from extproc.transport.frames import CONTINUATION, DATA, END_HEADERS, END_STREAM, HEAD_BYTES, HEADERS, PADDED
 from extproc.transport.heads import Call, Head, HeadReader
-from extproc.transport.messages import PREFIX_BYTES
 from extproc.transport.sender import Sender
 from extproc.transport.states import CLOSED, Action, Life, judge
 from extproc.transport.streams import Stream, Streams
@@ -218,7 +217,7 @@ class Connection:
         return size
 
     def _data(self, data: bytes, begin: int, stop: int, flags: int, stream_id: int) -> None:
-        """DATA (RFC 9113 6.1). The common case, a frame that is exactly one message, touches no buffer."""
+        """DATA (RFC 9113 6.1)."""
         size = stop - begin
         self._credit -= size
         if self._credit < self._credit_low:
@@ -236,17 +235,7 @@ class Connection:
         stream.received += size
         if stream.received > stream.content_length >= 0:
             raise Http2StreamError(stream_id, ErrorCode.PROTOCOL_ERROR, "more data than content-length")
-        message = begin + PREFIX_BYTES
-        if (
-            stream.call is _PROCESS
-            and stream.partial is None
-            and stream.end_block is None
-            and size >= PREFIX_BYTES
-            and data[begin] == 0
-            and int.from_bytes(data[begin + 1 : message], "big") == stop - message <= self._limits.max_message_bytes
-        ):
-            self._calls.process(stream, data[message:stop])
-        elif size:
+        if size:
             self._calls.body(stream, data[begin:stop])
         elif not flags & END_STREAM:
             self._allowance.spend(IDLE_FRAME, "empty DATA")

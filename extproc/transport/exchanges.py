@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from extproc.transport import frames, messages
 from extproc.transport.frames import DATA, END_HEADERS, END_STREAM, HEAD_BYTES, HEADERS, RST_STREAM
-from extproc.transport.heads import Call, Head
+from extproc.transport.heads import ORDINARY
 from extproc.transport.messages import PREFIX_BYTES
 from extproc.transport.states import Life
 from extproc.transport.streams import REMEMBERED, Stream
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 _MESSAGE: Final = Struct(">BHBBIBI")
 """Head of a DATA frame (length high and low, type, flags, stream), prefix of a message (compressed, length)."""
-_PROCESS: Final = Head(Call.PROCESS)
 _REPLY: Final = len(messages.REPLY_BLOCK).to_bytes(3, "big") + bytes((HEADERS, END_HEADERS))
 _END: Final = len(messages.OK_TRAILERS).to_bytes(3, "big") + bytes((HEADERS, END_HEADERS | END_STREAM))
 _RESET_BYTES: Final = 4
@@ -53,7 +52,7 @@ class Exchanges:
         """
         streams, sender = self._streams, self._sender
         brief, closed = streams.brief, streams.closed
-        known, answer, parts = self._heads.ordinary, self._answer, sender.parts
+        head, answer, parts = self._heads.known.get, self._answer, sender.parts
         most = self._most_streams - len(streams.open)
         last_id, spare, answers, end = streams.last_id, credit, 0, len(data)
         unpack_head, unpack_message = frames.FRAME_HEAD.unpack_from, _MESSAGE.unpack_from
@@ -62,7 +61,7 @@ class Exchanges:
             begin = place + HEAD_BYTES
             if kind == HEADERS:
                 stop = begin + low
-                if end - stop < _MESSAGE.size or high or flags != END_HEADERS or data[begin:stop] not in known:
+                if end - stop < _MESSAGE.size or high or flags != END_HEADERS or head(data[begin:stop]) is not ORDINARY:
                     break
                 high, low, kind, flags, number, compressed, size = unpack_message(data, stop)
                 begin = stop + _MESSAGE.size
@@ -125,7 +124,7 @@ class Exchanges:
         self._sender.reply(self._open(stream_id, received, 0), reply)
 
     def _open(self, stream_id: int, received: int, sent: int) -> Stream:
-        stream = Stream(stream_id, _PROCESS, self._sender.initial_window - sent, frames.DEFAULT_WINDOW - received)
+        stream = Stream(stream_id, ORDINARY, self._sender.initial_window - sent, frames.DEFAULT_WINDOW - received)
         stream.received = received
         stream.messages = 1
         self._streams.open[stream_id] = stream

@@ -55,7 +55,8 @@ class Head:
     """Why the request is malformed (RFC 9113 8.1.1), "" if it is not."""
 
 
-_ORDINARY: Final = Head(Call.PROCESS)
+ORDINARY: Final = Head(Call.PROCESS)
+"""The one head that nearly all requests have; compare with `is`."""
 
 # RFC 9113 8.2.1; a colon is only allowed as the first character, of pseudo-header fields.
 _BAD_NAME: Final = re.compile(rb"[\x00-\x20A-Z\x7f-\xff:]")
@@ -70,14 +71,13 @@ _GRPC_TYPE: Final = re.compile(rb"application/grpc(\+proto)?\s*(;|$)", re.IGNORE
 class HeadReader:
     """Decodes the header blocks of one connection."""
 
-    __slots__ = ("_decoder", "_known", "_stateless", "ordinary")
+    __slots__ = ("_decoder", "_stateless", "known")
 
     def __init__(self, max_header_bytes: int) -> None:
         self._decoder = Decoder(max_header_list_size=max_header_bytes)
-        self._known: dict[bytes, Head] = {}
+        self.known: dict[bytes, Head] = {}
+        """Heads by blocks that mean the same each time."""
         self._stateless = False
-        self.ordinary: set[bytes] = set()
-        """Blocks of Process requests that mean the same each time."""
 
     def table_size_zero_acknowledged(self) -> None:
         """From now on a block must begin by giving up the dynamic table, unless that was done (RFC 9113 4.3.1)."""
@@ -85,17 +85,14 @@ class HeadReader:
 
     def request(self, block: bytes) -> Head:
         """The head of a new request. Raises Http2ConnectionError(COMPRESSION_ERROR or ENHANCE_YOUR_CALM)."""
-        head = self._known.get(block)  # empty until the peer's table is gone
+        head = self.known.get(block)  # empty until the peer's table is gone
         if head is not None:
             return head
         head = _head(self._decode(block))
         if self._stateless and len(block) <= CACHED_BLOCK_BYTES:
-            if len(self._known) >= CACHED_BLOCKS:
-                self._known.clear()  # a peer whose blocks differ each time gains nothing from any order of eviction
-                self.ordinary.clear()
-            self._known[block] = head
-            if head == _ORDINARY:
-                self.ordinary.add(block)
+            if len(self.known) >= CACHED_BLOCKS:
+                self.known.clear()  # a peer whose blocks differ each time gains nothing from any order of eviction
+            self.known[block] = head
         return head
 
     def trailers(self, block: bytes) -> str:
@@ -148,6 +145,8 @@ def _classify(pseudo: dict[bytes, bytes], regular: dict[bytes, bytes]) -> Head:
         call = Call.NOT_GRPC
     elif method != b"POST":
         call = Call.NOT_POST
+    if call is Call.PROCESS and not length:
+        return ORDINARY
     return Head(call, content_length=int(length) if length else -1, without_body=method == b"HEAD")
 
 

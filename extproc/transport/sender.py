@@ -6,8 +6,7 @@ allow waits in the queue of its stream.
 
 from __future__ import annotations
 
-from struct import Struct
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from extproc.transport import frames, messages
 from extproc.transport.errors import ErrorCode, Http2ConnectionError, Http2StreamError
@@ -16,18 +15,6 @@ from extproc.transport.states import Life
 if TYPE_CHECKING:
     from extproc.transport.limits import Limits
     from extproc.transport.streams import Stream, Streams
-
-_HEADERS_OF_REPLY: Final = (
-    len(messages.REPLY_BLOCK).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS))
-)  # fmt: skip
-_FIRST_REPLY: Final = Struct(f">5sI{len(messages.REPLY_BLOCK)}sBHHIBI")
-"""HEADERS frame (length type flags, stream, block), head of the DATA frame (the same), message prefix."""
-_HEAD_OF_END: Final = (
-    len(messages.OK_TRAILERS).to_bytes(3, "big") + bytes((frames.HEADERS, frames.END_HEADERS | frames.END_STREAM))
-)  # fmt: skip
-_END: Final = Struct(f">5sI{len(messages.OK_TRAILERS)}s")
-_NEXT_REPLY: Final = Struct(">BHHIBI")
-"""DATA frame head and message prefix."""
 
 
 class Sender:
@@ -55,30 +42,10 @@ class Sender:
 
     def reply(self, stream: Stream, payload: bytes) -> None:
         """One gRPC message, behind the response headers if it is the first."""
-        size = len(payload) + messages.PREFIX_BYTES
-        if size > stream.window or size > self.window or size > self.max_frame or stream.queue is not None:
-            self._reply_slowly(stream, payload)
-            return
-        stream.window -= size
-        self.window -= size
-        number = stream.id
-        if stream.answered:
-            head = _NEXT_REPLY.pack(size >> 16, size & 0xFFFF, 0, number, 0, size - messages.PREFIX_BYTES)
-        else:
+        if not stream.answered:
             stream.answered = True
-            head = _FIRST_REPLY.pack(
-                _HEADERS_OF_REPLY, number, messages.REPLY_BLOCK,
-                size >> 16, size & 0xFFFF, 0, number, 0, size - messages.PREFIX_BYTES,
-            )  # fmt: skip
-        self.parts += (head, payload)
-
-    def finish_ok(self, stream: Stream) -> None:
-        """The end of a complete request that was answered: what `finish` does with OK_TRAILERS, in the common case."""
-        if stream.answered and stream.queue is None:
-            self.parts.append(_END.pack(_HEAD_OF_END, stream.id, messages.OK_TRAILERS))
-            self._streams.close(stream.id, Life.ENDED)
-        else:
-            self.finish(stream, messages.OK_TRAILERS)
+            self.add(frames.frame(frames.HEADERS, frames.END_HEADERS, stream.id, messages.REPLY_BLOCK))
+        self._enqueue(stream, messages.message(payload))
 
     def finish(self, stream: Stream, trailers: bytes) -> None:
         """The end of a gRPC answer, behind whatever is still queued."""
@@ -136,12 +103,6 @@ class Sender:
             if self.window <= 0:
                 break
             self._flush(stream)
-
-    def _reply_slowly(self, stream: Stream, payload: bytes) -> None:
-        if not stream.answered:
-            stream.answered = True
-            self.add(frames.frame(frames.HEADERS, frames.END_HEADERS, stream.id, messages.REPLY_BLOCK))
-        self._enqueue(stream, messages.message(payload))
 
     def _enqueue(self, stream: Stream, data: bytes) -> None:
         self._streams.queued_bytes += len(data)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from extproc.core.bucketing import hash_unit
-from extproc.core.decision import outcome_of
+from extproc.core.decision import draw, outcome_of
 from extproc.core.ruleset import Choice, Ruleset, Split
 from extproc.wire.requests import read_request
 from extproc.wire.shapes import Shape, Shapes
@@ -67,19 +66,19 @@ class Answerer:
         outcome: Choice | Split | bytes | None = published.shapes.known.get(shape)
         if outcome is None:
             outcome, unit = self._decide(published, message, shape, unit)
+        unit_hash = None
         if isinstance(outcome, Split):
-            unit_hash = hash_unit(outcome.hash_prefix, unit)
-            index = (outcome.canary if unit_hash < outcome.first_hash_outside else outcome.stable).index
-            self.counts[index] = self.counts.get(index, 0) + 1
-            self.seen.append(index << 32 | unit_hash)
-            if unit_hash in self.named:
-                self.names.setdefault(unit_hash, unit)
-            return published.replies[index] + _pack_hash(unit_hash)
-        if isinstance(outcome, bytes):
+            outcome, unit_hash = draw(outcome, unit)
+        elif isinstance(outcome, bytes):
             return outcome
         index = outcome.index
         self.counts[index] = self.counts.get(index, 0) + 1
-        return published.replies[index]
+        if unit_hash is None:
+            return published.replies[index]
+        self.seen.append(index << 32 | unit_hash)
+        if unit_hash in self.named:
+            self.names.setdefault(unit_hash, unit)
+        return published.replies[index] + _pack_hash(unit_hash)
 
     def _decide(
         self, published: Published, message: bytes, shape: Shape, unit: bytes

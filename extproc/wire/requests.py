@@ -57,8 +57,3 @@ def _parse_header(entry: bytes) -> tuple[bytes, bytes]:
 def value_tag(header: bytes) -> bytes:
     """What stands before the length and the bytes of this header's value in a message. The name is below 128 bytes."""
     return bytes((_KEY, len(header))) + header + bytes((_RAW,))
-
-
-def tag_name(tag: bytes) -> bytes:
-    """The header whose `value_tag` this is."""
-    return tag[2:-1]

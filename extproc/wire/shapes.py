@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from extproc.core.decision import Hashed, outcome_of
 from extproc.core.request import Request
 from extproc.core.ruleset import Choice, Ruleset, Split
-from extproc.wire.requests import read_request, tag_name, value_tag
+from extproc.wire.requests import read_request, value_tag
 
 MOST_TAGS = 4
 """Unit headers that are looked for in a message."""
@@ -25,13 +25,13 @@ unit headers is its own shape, with nothing behind."""
 
 
 class Shapes:
-    """The shapes of one ruleset: `known` has the split or the choice of each that was learned."""
+    """The shapes of one ruleset: `tags` has the unit headers by their tags, `known` what each shape is decided as."""
 
     __slots__ = ("_ruleset", "known", "tags")
 
     def __init__(self, ruleset: Ruleset) -> None:
         self._ruleset = ruleset
-        self.tags = tuple(value_tag(header) for header in ruleset.unit_headers[:MOST_TAGS] if len(header) < 128)
+        self.tags = {value_tag(header): header for header in ruleset.unit_headers[:MOST_TAGS] if len(header) < 128}
         self.known: dict[Shape, Choice | Split] = {}
 
     def learn(self, shape: Shape, unit: bytes, request: Request, outcome: Choice | Hashed) -> None:
@@ -49,7 +49,7 @@ class Shapes:
 
     def _lasting(self, shape: Shape, unit: bytes, request: Request, outcome: Choice | Hashed) -> Choice | Split | None:
         before, tag, size, after = shape
-        name = tag_name(tag)
+        name = self.tags[tag]
         other = bytes(255 - byte for byte in unit)
         try:
             twin = read_request(b"".join((before, tag, bytes((size,)), other, after)))

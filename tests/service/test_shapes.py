@@ -214,4 +214,4 @@ def test_the_name_of_a_heavy_unit_is_kept_from_a_shape_that_is_known():
 def test_the_unit_headers_come_by_the_number_of_flags_that_use_them():
     ruleset = PUBLISHED.ruleset
     assert ruleset.unit_headers == (b"x-user-id", b"x-session-id", b"x-account-id", b"x-request-id")
-    assert shapes_module.Shapes(replace(ruleset, unit_headers=(b"x" * 128,))).tags == ()
+    assert shapes_module.Shapes(replace(ruleset, unit_headers=(b"x" * 128,))).tags == {}

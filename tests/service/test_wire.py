@@ -194,21 +194,7 @@ def test_a_message_as_envoys_types_build_it_is_understood_whole(service):
     assert service.decode(ANSWER(bytes(message))) == expected
 
 
-texts = st.one_of(st.binary(max_size=20), st.sampled_from([b"", b"x" * 127, b"y" * 128, b"z" * 300, b"\n\x1a"]))
-
-
-@given(st.lists(st.tuples(texts, texts, st.sampled_from(["key", "value", "raw_value"])), max_size=4), st.randoms())
-def test_a_header_is_read_as_its_bytes_say_whatever_their_order_and_length(fields, chance):
-    """Against the C runtime, field by field, over cut, mutated, repeated and reversed fields."""
-    entry = (
-        b"".join(ext_proc_pb2.HeaderValue(**{name: text}).SerializeToString() for text, _, name in fields)
-        + ext_proc_pb2.HeaderValue(
-            key=b"x-user-id", raw_value=b"".join(text for _, text, _ in fields)
-        ).SerializeToString()
-    )
-    if chance.random() < 0.5:
-        place = chance.randrange(len(entry))
-        entry = entry[:place] + bytes((chance.randrange(256),)) + entry[place + chance.randrange(2) :]
+def read_as_the_runtime_does(entry):
     try:
         parsed = ext_proc_pb2.HeaderValue.FromString(entry)
     except DecodeError:
@@ -218,15 +204,24 @@ def test_a_header_is_read_as_its_bytes_say_whatever_their_order_and_length(field
     assert read_headers([entry]).headers == {parsed.key: parsed.raw_value or parsed.value}
 
 
+texts = st.one_of(st.binary(max_size=20), st.sampled_from([b"", b"x" * 127, b"y" * 128, b"z" * 300, b"\n\x1a"]))
+
+
+@given(st.lists(st.tuples(texts, texts, st.sampled_from(["key", "value", "raw_value"])), max_size=4), st.randoms())
+def test_a_header_is_read_as_its_bytes_say_whatever_their_order_and_length(fields, chance):
+    """Against the C runtime, field by field, over cut, mutated, repeated and reversed fields."""
+    plain = {"key": b"x-user-id", "raw_value": b"".join(text for _, text, _ in fields)}
+    parts = [{name: text} for text, _, name in fields] + [plain]
+    entry = b"".join(ext_proc_pb2.HeaderValue(**part).SerializeToString() for part in parts)
+    if chance.random() < 0.5:
+        place = chance.randrange(len(entry))
+        entry = entry[:place] + bytes((chance.randrange(256),)) + entry[place + chance.randrange(2) :]
+    read_as_the_runtime_does(entry)
+
+
 @pytest.mark.parametrize("entry", [b"", b"\n", b"\n\x01", b"\n\x01a", b"\n\x01a\x1a", b"\n\x00\x1a\x00", b"\x1a\x01a"])
 def test_a_header_of_a_few_bytes_is_read_or_refused_like_any_other(entry):
-    try:
-        parsed = ext_proc_pb2.HeaderValue.FromString(entry)
-    except DecodeError:
-        with pytest.raises(DecodeError):
-            read_headers([entry])
-        return
-    assert read_headers([entry]).headers == {parsed.key: parsed.raw_value}
+    read_as_the_runtime_does(entry)
 
 
 PHASES = {

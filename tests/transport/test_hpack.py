@@ -98,10 +98,10 @@ def test_a_block_is_remembered_only_once_the_table_is_gone(new_peer):
     wire, heads = peer.wire, peer.connection._heads
     for number in (1, 3, 5):
         peer.send(wire.headers(number, wire.grpc_fields()), wire.rst(number))
-        assert not heads._known
+        assert not heads.known
     peer.send(wire.settings(flags=1), wire.frame("HEADERS", 4, 7, b"\x20" + wire.block(wire.grpc_fields())))
     peer.send(wire.headers(9, wire.grpc_fields()))
-    assert wire.block(wire.grpc_fields()) in heads._known
+    assert wire.block(wire.grpc_fields()) in heads.known
 
 
 def test_a_remembered_block_means_the_same_as_a_decoded_one(new_peer):
@@ -130,7 +130,7 @@ def test_a_block_with_a_fault_is_remembered_with_its_fault(new_peer):
 def test_the_memory_of_blocks_is_bounded_in_number_and_size(new_peer):
     peer = new_peer()
     stateless(peer)
-    wire, known = peer.wire, peer.connection._heads._known
+    wire, known = peer.wire, peer.connection._heads.known
     for number in range(600):
         peer.send(wire.headers(5 + 2 * number, wire.grpc_fields(x_n=str(number))), wire.rst(5 + 2 * number))
         assert len(known) <= 256
