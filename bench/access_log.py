@@ -217,7 +217,11 @@ def main() -> None:
     """Prints a table of medians and least values, and the memory before and after many entries that are all unlike."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--unlike", type=int, default=200_000, help="entries of the memory's measurement")
+    options.add_argument("--counted", type=int, default=0, help="only: the memory while so many entries are counted")
     wanted = options.parse_args()
+    if wanted.counted:
+        _counted_memory(wanted.counted)
+        return
     few, many = messages(1), messages(100)
     print(f"{MESSAGES * ENTRIES} entries of {sum(map(len, few)) / MESSAGES / ENTRIES:.0f} bytes, {ENTRIES} a message")
     counted = {"few": Counted(), "many": Counted()}
@@ -241,6 +245,20 @@ def main() -> None:
     for name, one in (("once a second", counted["few"]), ("once a second, 100 flags", counted["many"])):
         print(f"{name:<30}{one.settle_us(ROUNDS * MESSAGES * ENTRIES):>7.2f} us")
     _memory(wanted.unlike)
+
+
+def _counted_memory(count: int) -> None:
+    """Of the whole telemetry, with the requests that labels can join: it must not grow once a million are kept."""
+    chance, counted, known = random.Random(17), Counted(), messages(100)  # noqa: S311  the same ids in each run
+    told, done = 1, 0
+    while done < count:
+        for message in known:
+            counted.take(with_new_ids(message, chance))
+        done += MESSAGES * ENTRIES
+        counted.settle_us(MESSAGES * ENTRIES)
+        if done * 10 >= told * count:
+            print(f"{done:>12,} entries counted  {resident_mib():7.1f} MiB", flush=True)
+            told = done * 10 // count + 1
 
 
 def _memory(count: int) -> None:
