@@ -93,7 +93,10 @@ async def _accepting(listener: Listener, state: State, hurry: asyncio.Event) -> 
     finally:
         accepting.close()
         server.pre_shutdown()
-        await server.shutdown(HURRY_S if hurry.is_set() else FINISH_S)
+        if not hurry.is_set():
+            await _first_of(hurry.wait(), server.shutdown(FINISH_S))
+        if hurry.is_set():
+            await server.shutdown(HURRY_S)
 
 
 async def _warm(settings: Settings, state: State, model: Model) -> Served:

@@ -41,6 +41,17 @@ def _ask(server, value):
     return server.infer(document, "own")
 
 
+def _refuses(server):
+    connection = server.connect()
+    try:
+        connection.connect()
+    except OSError:
+        return True
+    finally:
+        connection.close()
+    return False
+
+
 def _wait_until(condition):
     event = threading.Event()
     for _ in range(2000):
@@ -104,16 +115,21 @@ def test_a_second_signal_cuts_the_drain_short(start_server, artifacts):
     assert server.stop(signal.SIGINT) == 0
 
 
-def test_a_second_signal_does_not_wait_for_a_request_that_never_ends(start_server, artifacts, pixels):
+@pytest.mark.parametrize("closed", [False, True], ids=["at once", "once the listener is closed"])
+def test_a_second_signal_does_not_wait_for_a_request_that_never_ends(start_server, artifacts, pixels, closed):
     server = start_server(artifacts / "digits" / "1", "--drain", "0", "--allow-faults", "--fault", "hang_rate=1")
     connection = server.connect()
     connection.request("POST", "/v2/models/digits/infer", json.dumps(pixels(1)))
     server.request("GET", "/v2/health/live")  # by now the first request is in its hang
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("draining")
+    if closed:
+        _wait_until(lambda: _refuses(server))
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(10) == 0  # shorter than the 15 s that requests in flight are given
-    connection.close()
+    try:
+        assert server.process.wait(10) == 0  # shorter than the 15 s that requests in flight are given
+    finally:
+        connection.close()
 
 
 def test_a_model_without_a_row_axis_gets_one_request_per_call(start_server, tmp_path, python_model):
