@@ -103,6 +103,7 @@ async def test_every_line_is_in_the_table_and_every_row_of_it_is_sent(tools):
             async with tools.client_of(system) as client:
                 await asyncio.to_thread(system.serve_flags, tools.flag_file(digits=flag | {"canary": 60}))
                 stable = await ordinary(client)
+                await heaviest(client, statsd)
                 await reported(system, client)
                 await broken(client, stable)
                 await unreadable(system)
@@ -153,6 +154,13 @@ async def ordinary(client: Any) -> str:
     assert set(answers.values()) == {"200 stable", "200 canary"}
     assert (await ask(client, headers={"x-tenant": "acme"})).headers["x-model-cohort"] == "canary"
     return next(user for user, answer in answers.items() if answer == "200 stable")
+
+
+async def heaviest(client: Any, statsd: StatsD) -> None:
+    """Asks until serve has told of its heaviest unit: it does so each second, and is to be killed before long."""
+    async with asyncio.timeout(30):
+        while "perch.decision.heaviest_unit_share" not in statsd.names():
+            await ask(client)
 
 
 async def ask(client: Any, **changed: Any) -> Any:
