@@ -34,7 +34,7 @@ class Doubling:
 def waiting(*values, key=None, deadline_s=None, parameters=None):
     rows = np.array([[value] for value in values])
     loop_s = asyncio.get_running_loop().time()
-    return Waiting({"x": rows}, parameters or {}, len(values), key, loop_s + 20 if deadline_s is None else deadline_s)
+    return Waiting({"x": rows}, parameters or {}, len(values), key, loop_s + 600 if deadline_s is None else deadline_s)
 
 
 async def results(batcher, *requests):

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 
@@ -61,8 +62,8 @@ def _wait_until(condition):
     pytest.fail("waited 20 s in vain")
 
 
-def test_sigterm_is_not_ready_at_once_but_answers_until_the_drain_is_over(start_server, artifacts, pixels):
-    server = start_server(artifacts / "digits" / "2", "--check-interval", "0.5")
+def test_sigterm_is_not_ready_at_once_but_answers_while_it_drains(start_server, artifacts, pixels):
+    server = start_server(artifacts / "digits" / "2", "--drain", "3600")
     connection = server.connect()
     assert server.exchange(connection, "GET", "/v2/health/ready").status == 200
     server.process.send_signal(signal.SIGTERM)
@@ -75,7 +76,15 @@ def test_sigterm_is_not_ready_at_once_but_answers_until_the_drain_is_over(start_
     reply = server.exchange(connection, "POST", "/v2/models/digits/infer", body, {"Content-Type": "application/json"})
     assert (reply.status, reply.headers["connection"]) == (200, "close")
     connection.close()
+
+
+def test_the_drain_is_over_after_two_check_intervals_and_nothing_is_left(start_server, artifacts):
+    server = start_server(artifacts / "digits" / "2", "--check-interval", "0.5")
+    began_s = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait_for("draining").endswith(" for 1 s")
     assert server.process.wait(20) == 0
+    assert time.monotonic() - began_s >= 1
     assert not server.socket.exists()
     assert server.process.stderr.read() == b""
 
