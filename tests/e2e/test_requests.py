@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from extproc.explain import load
 from extproc.flagfile import Paths
 
 TOKEN = "e2e-token-0123456789"
+TRIES = 5
 USERS = [f"user-{i}" for i in range(2_000)]
 MODEL_SERVERS = ["digits-stable-0", "digits-canary-0", "digits-stable-1", "digits-canary-1"]
 
@@ -172,18 +174,37 @@ def judge(case: dict[str, Any], got: Got, assigned: str | None) -> None:
         assert [value for name, value in got.told if name == "x-request-id"] == [fresh]
 
 
+def in_time(system: Any, ask: Callable[[], Any]) -> Any:
+    """What came of a request about which perch was heard.
+
+    Where the machine is so busy that perch is late for Envoy, Envoy lets the request through to stable and counts
+    it: then it is asked again.
+    """
+    for _ in range(TRIES):
+        before = failed_open(system)
+        found = ask()
+        if failed_open(system) == before:
+            return found
+        system.until_settled()
+    return pytest.fail(f"perch was late {TRIES} times")
+
+
 @pytest.mark.parametrize("case", CASES, ids=[f"{case['file']}: {case['name']}" for case in CASES])
 def test_a_request_gets(case, tools, system):
-    before = asked(system)
-    got = send(system.port, case)
+    def ask() -> tuple[Got, int]:
+        before = asked(system)
+        return send(system.port, case), asked(system) - before
+
+    got, times = in_time(system, ask)
     judge(case, got, case["served"] if case["reason"] else None)
-    assert asked(system) - before == (1 if case["reason"] else 0)
+    assert times == (1 if case["reason"] else 0)
 
 
 def test_the_line_that_up_prints_works_in_a_shell(system):
     system.until_settled()
     (line,) = re.findall(r"^curl .*$", system.output, re.MULTILINE)
-    shell = subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True, timeout=30)
+    command = ["bash", "-c", line]
+    shell = in_time(system, lambda: subprocess.run(command, check=True, capture_output=True, text=True, timeout=30))
     assert "HTTP/1.1 200 OK" in shell.stdout
     assert "x-model-cohort: canary" in shell.stdout
     assert '"model_version":"2-mlp"' in shell.stdout
@@ -201,14 +222,19 @@ def test_with_perch_down_no_spoof_reaches_the_canary_and_no_token_the_model_serv
 
 def test_every_decision_is_counted_with_its_reason_and_renaming_a_flag_moves_nobody(tools, system, statsd):
     system.until_settled()
-    system.serve_flags(the_flags(tools, echo="counted"))
     wanted: Counter[tuple[str, str]] = Counter()
+    counted: Counter[tuple[str, str]] = Counter()
+    receive(statsd, counted)  # all that was sent so far: it would leave no room in the socket for what is counted
+    system.serve_flags(the_flags(tools, echo="counted"))
+    late = failed_open(system)
     for case in CASES:
         if case["reason"] and "/plain/" not in case["path"]:
-            judge(case, send(system.port, case), case["served"])
+            judge(case, in_time(system, lambda case=case: send(system.port, case)), case["served"])
             wanted[case["reason"], case["served"]] += 1
-    counted: Counter[tuple[str, str]] = Counter()
-    tools.until(lambda: receive(statsd, counted) == wanted, f"{wanted} in StatsD")
+            receive(statsd, counted)
+    late = failed_open(system) - late
+    tools.until(lambda: receive(statsd, counted) >= wanted, f"{wanted} in StatsD")
+    assert counted.total() - wanted.total() <= late  # perch may have decided what it was late with
     system.serve_flags(the_flags(tools))
     assert {reason for reason, _ in counted} == {"SPLIT", "NO_UNIT", "AMBIGUOUS_UNIT", "FORCED"}
 
@@ -251,7 +277,7 @@ async def all_get(client: Any, system: Any, wanted: dict[str, str], model: str =
     Where the machine is so busy that perch is late for Envoy, Envoy sends canary's users to stable and counts
     it: no more of them than it counted may be on stable, and they are asked again.
     """
-    for _ in range(5):
+    for _ in range(TRIES):
         before = failed_open(system)
         answers = await client.all(wanted, model=model)
         wrong = {user: wanted[user] for user in wanted if answers[user] != wanted[user]}
@@ -261,6 +287,7 @@ async def all_get(client: Any, system: Any, wanted: dict[str, str], model: str =
         if not wrong:
             return
         wanted = wrong
+        await asyncio.to_thread(system.until_settled)
     pytest.fail(f"perch is late again and again: {sorted(wanted)}")
 
 
@@ -303,6 +330,7 @@ async def test_fifty_quick_edits_fail_no_request_and_no_user_moves_too_early_or_
         system.edit_flags(last := the_flags(tools, percent))
         await asyncio.sleep(0.02)
     await asyncio.to_thread(system.serve_flags, last)
+    stopped_s = asyncio.get_running_loop().time()
     stop.set()
     await asyncio.gather(*asking)
     late = failed_open(system) - late
@@ -312,15 +340,19 @@ async def test_fifty_quick_edits_fail_no_request_and_no_user_moves_too_early_or_
         first = next(i for i, answer in enumerate(seen[user]) if str(answer) == "200 canary")
         reached = min(percent for percent in written_s if by_formula(tools.salt, percent)[user] == "200 canary")
         assert seen[user][first].ended_s > written_s[reached]
-        late -= sum(str(answer) == "200 stable" for answer in seen[user][first:])
+        back = [answer for i, answer in enumerate(seen[user]) if i > first or answer.began_s > stopped_s]
+        late -= sum(str(answer) == "200 stable" for answer in back)
     assert late >= 0, "users went back to stable, and not because perch was late for Envoy"
 
 
 async def keep_asking(client: Any, user: str, seen: list[Any], stop: asyncio.Event) -> None:
-    """One user, one request after the other; the last one is sent after `stop`."""
+    """One user, one request after the other; the last ones are sent after `stop`, until one is answered by canary."""
     while not stop.is_set():
         seen.append(await client.infer(user))
-    seen.append(await client.infer(user))
+    async with asyncio.timeout(60):
+        seen.append(await client.infer(user))
+        while str(seen[-1]) != "200 canary":
+            seen.append(await client.infer(user))
 
 
 async def test_five_percent_stay_on_canary_whatever_restarts_and_nobody_is_without_perch(tools, system, client):
