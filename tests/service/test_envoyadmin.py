@@ -87,7 +87,7 @@ async def http(path, answer):
 
 @pytest.fixture
 async def admin(folder):
-    reader = EnvoyAdmin(f"unix:{folder / 'admin.sock'}")
+    reader = EnvoyAdmin(f"unix:{folder / 'admin.sock'}", timeout_s=DEADLINE_S)
     yield reader
     await reader.close()
 
@@ -182,7 +182,7 @@ async def test_a_tcp_admin_is_ready_and_then_drains_and_then_is_gone(folder):
     address = {"socket_address": {"address": "127.0.0.1", "port_value": 0}}
     async with envoy(folder, cluster("m_stable", folder / "nobody.sock"), admin_address=address) as process:
         written = await until(lambda: _text(folder / "admin.address"))
-        admin = EnvoyAdmin(written)
+        admin = EnvoyAdmin(written, timeout_s=DEADLINE_S)
         await until(lambda: _ready(admin))
         assert await admin.listener_port() is None
         assert await admin.filter_version() is None

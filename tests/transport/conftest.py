@@ -124,7 +124,7 @@ class Envoy:
         return self.stats("cluster.perch.membership_healthy").get("cluster.perch.membership_healthy") == servers
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 30.0) -> None:
     """Blocks until the condition holds; never on the event loop's thread."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
@@ -351,7 +351,7 @@ class Socket:
     def send(self, *pieces: bytes) -> None:
         self.writer.write(b"".join(pieces))
 
-    async def read_until(self, wanted: Callable[[Frame], bool], deadline_s: float = 5.0) -> list[Frame]:
+    async def read_until(self, wanted: Callable[[Frame], bool], deadline_s: float = 20.0) -> list[Frame]:
         """Frames up to the first wanted one; fails at the end of the stream or the deadline."""
         got: list[Frame] = []
         async with asyncio.timeout(deadline_s):
@@ -363,7 +363,7 @@ class Socket:
                 if any(map(wanted, new)):
                     return got
 
-    async def read_to_end(self, deadline_s: float = 5.0) -> list[Frame]:
+    async def read_to_end(self, deadline_s: float = 20.0) -> list[Frame]:
         async with asyncio.timeout(deadline_s):
             return self.wire.read(await self.reader.read(-1))
 

@@ -24,7 +24,7 @@ def hello(wire, number: int = 1, *, end: bool = False) -> bytes:
     return wire.headers(number, wire.grpc_fields()) + wire.message(number, b"hello", end=end)
 
 
-async def wait_for(condition, what: str, deadline_s: float = 5.0) -> None:
+async def wait_for(condition, what: str, deadline_s: float = 20.0) -> None:
     """Lets the loop run until the condition holds."""
     try:
         async with asyncio.timeout(deadline_s):
@@ -115,16 +115,16 @@ async def test_of_a_large_read_only_a_slice_is_answered_while_the_peer_does_not_
 
 
 async def test_a_peer_that_never_reads_is_cut_off(serve, connect):
-    served = await serve(lambda _message: bytes(16_000), limits=Limits(write_buffer_bytes=50_000, stalled_s=5))
+    served = await serve(lambda _message: bytes(16_000), limits=Limits(write_buffer_bytes=50_000, stalled_s=25))
     client = await greeted(connect, served, receive_buffer=16_384)
     wire = client.wire
     client.send(wire.settings((4, 2**31 - 1)), wire.window_update(0, 2**30), wire.headers(1, wire.grpc_fields()))
     client.send(*[wire.message(1, b"x")] * 3000)
     (link,) = await _links(served, 1)
     await wait_for(lambda: link._paused_since_s is not None, "the server pauses")
-    link.tick(link._paused_since_s + 4.9, 1.0)
+    link.tick(link._paused_since_s + 24.9, 1.0)
     assert served.lane.connections == 1
-    link.tick(link._paused_since_s + 5.0, 1.0)
+    link.tick(link._paused_since_s + 25.0, 1.0)
     await wait_for(lambda: served.lane.connections == 0, "the connection is ended")
 
 
@@ -168,7 +168,7 @@ async def test_stop_lets_open_requests_finish_and_then_closes(serve, connect):
     client.send(wire.headers(1, wire.grpc_fields()))
     await client.read_until(lambda frame: frame.kind == "SETTINGS" and frame.payload)
     await _links(served, 1)
-    stopping = asyncio.create_task(served.lane.stop(10))
+    stopping = asyncio.create_task(served.lane.stop(60))
     got = await client.read_until(lambda frame: frame.kind == "PING")
     assert [f.kind for f in got if f.kind == "GOAWAY"] == ["GOAWAY"]
     client.send(wire.frame("PING", 1, 0, got[-1].payload), hello(wire, 3), wire.message(1, b"late", end=True))
@@ -177,7 +177,7 @@ async def test_stop_lets_open_requests_finish_and_then_closes(serve, connect):
     assert [f.code for f in got if f.kind == "RST_STREAM"] == [ErrorCode.REFUSED_STREAM]
     await client.reader.read(-1)
     client.writer.close()
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 20)
 
 
 async def test_stop_does_not_wait_longer_than_its_grace(serve, connect):
@@ -185,7 +185,7 @@ async def test_stop_does_not_wait_longer_than_its_grace(serve, connect):
     client = await greeted(connect, served)
     client.send(client.wire.headers(1, client.wire.grpc_fields()))
     await _links(served, 1)
-    await asyncio.wait_for(served.lane.stop(0.05), 3)
+    await asyncio.wait_for(served.lane.stop(0.05), 8)
     await wait_for(lambda: served.lane.connections == 0, "aborted")
 
 
@@ -196,13 +196,13 @@ async def test_while_stopping_the_health_check_says_not_serving(serve, connect):
     client.send(wire.headers(1, wire.grpc_fields()))
     await client.read_until(lambda frame: frame.kind == "SETTINGS" and frame.payload)
     await _links(served, 1)
-    stopping = asyncio.create_task(served.lane.stop(5))
+    stopping = asyncio.create_task(served.lane.stop(60))
     await client.read_until(lambda frame: frame.kind == "GOAWAY")
     client.send(wire.headers(3, wire.grpc_fields("/grpc.health.v1.Health/Check")), wire.message(3, b"", end=True))
     got = await client.read_until(lambda frame: frame.kind == "DATA")
     assert got[-1].payload[5:] == b"\x08\x02" or b"\x08\x02" in [f.payload[5:] for f in got]
     client.writer.close()
-    await asyncio.wait_for(stopping, 6)
+    await asyncio.wait_for(stopping, 20)
 
 
 async def test_stop_takes_the_socket_file_away_and_start_works_again(tmp_path):
