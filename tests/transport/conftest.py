@@ -28,6 +28,7 @@ PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 DEFAULTS = Limits()
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
+# Envoy's patience is longer than a stall of the process that serves and asks: what it tells of is the server's doing.
 BOOTSTRAP = """
 node: {{id: test, cluster: test}}
 admin: {{address: {{socket_address: {{address: 127.0.0.1, port_value: 0}}}}}}
@@ -60,7 +61,7 @@ static_resources:
                     typed_config:
                       "@type": type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate
               failure_mode_allow: true
-              message_timeout: 2s
+              message_timeout: 60s
               stat_prefix: perch
               processing_mode: {{response_header_mode: SKIP}}
               mutation_rules: {{allow_expression: {{regex: x-model-cohort}}}}
@@ -77,11 +78,11 @@ static_resources:
   clusters:
   - name: perch
     type: STATIC
-    connect_timeout: 1s
+    connect_timeout: 30s
     common_lb_config: {{healthy_panic_threshold: {{value: 0}}}}
     circuit_breakers: {{thresholds: [{{max_requests: 65536, max_pending_requests: 65536, max_retries: 65536}}]}}
     health_checks:
-    - timeout: 1s
+    - timeout: 30s
       interval: 0.2s
       no_traffic_interval: 0.2s
       unhealthy_threshold: 1
@@ -90,7 +91,7 @@ static_resources:
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {{http2_protocol_options: {{connection_keepalive: {{interval: 1s, timeout: 1s}}}}}}
+        explicit_http_config: {{http2_protocol_options: {{connection_keepalive: {{interval: 1s, timeout: 30s}}}}}}
     load_assignment:
       cluster_name: perch
       endpoints: [{{lb_endpoints: [{endpoints}]}}]
