@@ -272,10 +272,12 @@ class Windows:
 
     def settle(self) -> None:
         """Brings everything that was added into the windows: before anybody reads them."""
-        for group in self.groups.values():
-            group.settle()
-        strays, self._strays = self._strays, []
-        for lane in (*self._lanes.values(), *strays):
+        lanes = (*self._lanes.values(), *self._strays)
+        self._strays = []
+        for lane in lanes:  # not the groups, of which there may be thousands: whatever one waits with came by a lane
+            if lane.group is not None and lane.group.units:
+                lane.group.settle()
+        for lane in lanes:
             tally = lane.now
             if not tally.requests and not tally.aborted:
                 continue
