@@ -40,8 +40,12 @@ async def until(condition: Callable[[], Any]) -> Any:
 
 
 def patient(text: str) -> str:
-    """A busy machine may keep our decider from answering in time, and Envoy would go on without it."""
-    return text.replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
+    """A busy machine may keep what is in this process from answering in time, and Envoy would go on without it.
+
+    The decider and the model servers fail a health check by what they say, or by refusing it, and not by being late.
+    """
+    text = text.replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
+    return text.replace('health_checks:\n  - timeout: "0.5s"', 'health_checks:\n  - timeout: "10s"')
 
 
 @dataclass
@@ -217,9 +221,9 @@ class Edge:
         """No host of the cluster is healthy."""
         return cluster not in await self.healthy()
 
-    async def is_served_by(self, name: str) -> bool:
-        """Ten requests in a row that were decided for canary are answered by this server."""
-        return {(await self.infer(x_test_cohort="canary")).by for _ in range(10)} == {name}
+    async def is_served_by(self, name: str, cohort: str = "canary") -> bool:
+        """Ten requests in a row that were decided for a cohort are answered by this server."""
+        return {(await self.infer(x_test_cohort=cohort)).by for _ in range(10)} == {name}
 
     async def filter_is(self, version: str) -> bool:
         """Envoy uses this version of the ext_proc filter."""

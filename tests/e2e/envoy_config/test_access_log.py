@@ -219,9 +219,9 @@ async def test_a_canary_that_hangs_is_an_error_at_the_deadline(logged, a_model):
 
 
 async def test_a_canary_that_stalls_in_the_middle_of_its_answer_is_an_error_at_the_deadline(logged, a_model):
-    model = replace(a_model("digits"), deadline_s=0.5)
+    model = replace(a_model("digits"), deadline_s=2.0)  # long enough for the answer to have begun
     async with logged(model) as log:
-        await begin_answers(log.edge.upstreams["digits-canary-0"], asyncio.sleep(5.0))
+        await begin_answers(log.edge.upstreams["digits-canary-0"], asyncio.sleep(20.0))
         with pytest.raises(aiohttp.ClientPayloadError):
             await log.edge.infer(x_user_id=USERS["canary"][0])
         outcome = await log.last_seen_by("digits-canary-0")
