@@ -21,7 +21,8 @@ DEADLINE_S = 3.0
 BURST_S = 0.7  # longer than Envoy waits for perch
 CONNECTIONS = 1_000
 IN_FLIGHT = 1_000  # all of them wait for an answer at a time
-TRIES = 2  # the machine may be busy with something else the first time
+TRIES = 3  # the machine may be so busy with something else that Envoy knows of a fault before a request meets it
+WITHIN_S = 60.0
 FAILED_OPEN = "http.edge.ext_proc.perch.failure_mode_allowed"
 
 
@@ -84,6 +85,18 @@ async def askers(tools, system):
 @pytest.mark.parametrize("fault", MATRIX["faults"], ids=[fault["name"] for fault in MATRIX["faults"]])
 async def test_clients_get_what_the_matrix_says_when(fault, system, askers):
     askers, before = askers
+    for _ in range(TRIES):
+        after = await put_to_the_test(fault, system, askers, before)
+        if "proof" not in fault or after[fault["proof"]] > before.get(fault["proof"], 0):
+            return
+        before = after
+    pytest.fail(f"no request met the fault in {TRIES} tries")
+
+
+async def put_to_the_test(
+    fault: dict[str, Any], system: Any, askers: list[Asking], before: dict[str, int]
+) -> dict[str, int]:
+    """Breaks it once, and judges every answer since. Envoy's counters afterwards; `before` are those from before."""
     at = Moments()
     with breaking(system, fault, at):
         if "noticed" in fault:
@@ -104,8 +117,8 @@ async def test_clients_get_what_the_matrix_says_when(fault, system, askers):
             wrong = [answer for answer in wrong if answer not in excused]
             late -= len(excused)
         assert wrong == [], f"{asker.user}, {len(asker.body)} bytes, {at}"
-    if "proof" in fault:
-        assert after[fault["proof"]] > before.get(fault["proof"], 0)
+        asker.answers.clear()
+    return after
 
 
 def arm_of(asker: Asking) -> str:
@@ -190,7 +203,8 @@ async def test_with_a_thousand_connections_perch_answers_for_every_one(tools, sy
     await asyncio.to_thread(system.until_settled)
     users = [f"user-{i}" for i in range(CONNECTIONS)]
     with many_files():
-        for _ in range(TRIES):
+        end_s = time.monotonic() + WITHIN_S
+        while time.monotonic() < end_s:
             before = system.counters("^(http|cluster)[.]")
             async with tools.client_of(system) as client:
                 answers = await client.all(users, connections=CONNECTIONS, in_flight=IN_FLIGHT)
@@ -202,7 +216,7 @@ async def test_with_a_thousand_connections_perch_answers_for_every_one(tools, sy
             assert grown[FAILED_OPEN] == grown["http.edge.ext_proc.perch.message_timeouts"]
             if not grown[FAILED_OPEN]:
                 return
-    pytest.fail(f"perch was late {TRIES} times, at last for {grown[FAILED_OPEN]} requests")
+    pytest.fail(f"perch was late again and again, at last for {grown[FAILED_OPEN]} requests")
 
 
 @contextlib.contextmanager

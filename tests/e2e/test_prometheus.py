@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,6 +30,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 TYPES = {Kind.COUNTER: "counter", Kind.GAUGE: "gauge", Kind.TIMER: "histogram"}
 SELDOM = {"mismatched", "aborted", "failed_open", "fell_back", "errors", "dropped", "kpi_count", "kpi_mean"}
 """Metrics of what does not happen here: they have no series until it does."""
+MINUTE_S = 55.0
+"""What "the last minute" surely has, with some seconds for control, Prometheus and us to come to it."""
 
 
 class Prometheus:
@@ -44,11 +49,19 @@ class Prometheus:
             self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
 
     def get(self, path: str) -> Any:
-        """The data of an answer of its HTTP API; None while there is none."""
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
-            found = json.loads(answer.read())
-            assert found["status"] == "success"
-            return found["data"]
+        """The data of an answer of its HTTP API; None while there is none. Raises HTTPError for a query it refuses."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
+                found = json.loads(answer.read())
+        except urllib.error.HTTPError as answer:
+            if answer.code != HTTPStatus.SERVICE_UNAVAILABLE:  # it begins
+                raise
+            answer.close()
+            return None
+        except OSError:
+            return None
+        assert found["status"] == "success"
+        return found["data"]
 
     def query(self, expression: str) -> dict[tuple[str, ...], float]:
         """The values now, by those of the labels in the order of their names."""
@@ -76,12 +89,13 @@ async def test_prometheus_scrapes_control_and_counts_what_was_sent(tools):
             with scraping(place, f"127.0.0.1:{system.control_port}") as prometheus:
                 await asyncio.to_thread(tools.until, lambda: prometheus.query("up == 1"), "the first scrape")
                 sent: Counter[str] = Counter()
+                began_s = time.monotonic()
                 for part in range(4):
                     answers = await client.all(f"user-{part}-{i}" for i in range(500))
                     sent.update(answer.removeprefix("200 ") for answer in answers.values())
                     await asyncio.sleep(1)  # so that there are rates
                 assert sent.keys() == {"stable", "canary"}
-                await asyncio.to_thread(ask_it, tools, prometheus, sent)
+                await asyncio.to_thread(ask_it, tools, prometheus, sent, began_s)
                 await asyncio.to_thread(judge_page, system)
 
 
@@ -93,8 +107,8 @@ def judge_page(system: Any) -> None:
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
 
 
-def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str]) -> None:
-    """Everything that can be asked of it."""
+def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str], began_s: float) -> None:
+    """Everything that can be asked of it about requests that were sent since `began_s`."""
     by_cohort = {(cohort,): float(n) for cohort, n in sent.items()}
     for name in ("count_total", "predictions_total", "latency_seconds_count", "latency_seconds_bucket{le='+Inf'}"):
         expression = f"sum by (cohort) (perch_request_{name})"
@@ -102,6 +116,8 @@ def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str]) -> None:
     for quantile, shown in ((0.5, "p50"), (0.99, "p99")):
         expression = f"histogram_quantile({quantile}, sum by (cohort, le) (perch_request_latency_seconds_bucket))"
         found, percentiles = prometheus.query(expression), prometheus.query(f"perch_request_latency_{shown}_seconds")
+        if time.monotonic() - began_s > MINUTE_S:
+            break  # on so slow a machine the last minute's requests are not all there were
         assert found.keys() == by_cohort.keys()
         for (cohort,), seconds in found.items():
             (exact,) = [value for key, value in percentiles.items() if cohort in key]

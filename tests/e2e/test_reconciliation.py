@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shutil
 import signal
 import subprocess
@@ -58,15 +59,13 @@ def put(path: Path, text: str) -> None:
 
 
 async def until_served_elsewhere(tools: Any, system: Any, flags: Any, records: list[Any]) -> None:
-    """Asks until Envoy has taken the edit: a canary user is on stable."""
-    for _ in range(200):
-        await tools.witness.ask_all(
-            system.port, flags, [tools.witness.Ask("one", "user-1", "force-canary")], 1, records
-        )
-        if records[-1].served == "stable":
-            return
-        await asyncio.sleep(0.05)
-    pytest.fail("Envoy did not take the edit")
+    """Asks until Envoy has taken the edit: a canary user is on stable, and not because perch was late for Envoy."""
+    async with asyncio.timeout(60):
+        while not records or records[-1].served != "stable" or records[-1].failed_open:
+            await tools.witness.ask_all(
+                system.port, flags, [tools.witness.Ask("one", "user-1", "force-canary")], 1, records
+            )
+            await asyncio.sleep(0.05)
 
 
 def asks(tools: Any, count: int, model: str = "one") -> list[Any]:
@@ -75,23 +74,41 @@ def asks(tools: Any, count: int, model: str = "one") -> list[Any]:
 
 
 def until_alarmed(tools: Any, system: Any, flag: str, assigned: int) -> dict[str, int]:
-    """The flag's reconciliation, once it has seen so many requests in the log and there is an alert."""
+    """The flag's reconciliation, once it has seen so many requests in the log and there is an alert.
+
+    Decisions are reported each second: those of the last one may come after the comparison that has the entries.
+    """
 
     def read() -> Any:
         status = system.status()
         found = tools.witness.reconciled(status).get(flag, {})
-        return found if found.get("assigned") == assigned and status["alerts"] else None
+        return found if found and found["assigned"] == assigned <= found["decided"] and status["alerts"] else None
 
     found: dict[str, int] = tools.until(read, f"an alert about {flag} with {assigned} assigned", COMPARED_WITHIN_S)
     return found
 
 
-def assert_told(system: Any, told_before: list[str], flag: str, sentence: str) -> None:
-    """The alert is in the status, in the audit file and in what `perch up` says."""
+def assert_told(tools: Any, system: Any, told_before: list[str], flag: str, sentence: str) -> None:
+    """The alert is in the status, in the audit file and in what `perch up` says, which hears it from control."""
     line = f"{flag}: {sentence}"
     assert line in system.status()["alerts"]
-    assert line in system.events("reconciliation")[len(told_before) :]
-    assert f"reconciliation: {line}" in system.output
+    # A comparison in the middle of the requests tells its own numbers, and later ones only what has doubled.
+    such = re.compile(re.sub(r"\d+", r"\\d+", re.escape(line)))
+    lines = [text for text in told(system)[len(told_before) :] if such.fullmatch(text)]
+    assert lines
+    tools.until(lambda: f"reconciliation: {lines[0]}" in system.output, f"{lines[0]} in what `perch up` says")
+
+
+def assert_found(found: dict[str, int], records: list[Any], **other: int) -> None:
+    """Decided, assigned and served are the record's, `other` is as given, and the rest is nothing.
+
+    What perch was late with on a busy machine has no assignment, and was decided all the same, or not.
+    """
+    late = sum(record.failed_open for record in records)
+    found = dict(found)
+    assert 0 <= found.pop("decided") - (len(records) - late) <= late
+    nothing = {"lost": 0, "surplus": 0, "mismatched": 0}
+    assert found == {"assigned": len(records) - late, "served": len(records)} | nothing | other
 
 
 def told(system: Any) -> list[str]:
@@ -107,18 +124,14 @@ async def test_a_forgotten_clear_route_cache_is_caught(tools, fresh, flags):
     ):
         await until_served_elsewhere(tools, system, flags, records)
         await tools.witness.ask_all(system.port, flags, asks(tools, 200), 10, records)
-    astray = [record for record in records if record.decided.cohort != record.served]
-    found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(records))
-    assert found == {
-        "decided": len(records),
-        "assigned": len(records),
-        "served": len(records),
-        "lost": 0,
-        "surplus": 0,
-        "mismatched": len(astray),
-    }
-    sentence = f"{len(astray)} of {len(records)} requests were served by another arm than decided; see Envoy's routes"
-    assert_told(system, before, "one", sentence)
+    heard = [record for record in records if not record.failed_open]
+    astray = [record for record in heard if record.decided.cohort != record.served]
+    found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(heard))
+    assert_found(found, records, mismatched=len(astray))
+    sentence = (
+        f"{len(astray)} of {found['decided']} requests were served by another arm than decided; see Envoy's routes"
+    )
+    assert_told(tools, system, before, "one", sentence)
     cohorts = system.status()["flags"]["one"]["cohorts"]
     assert cohorts["canary"]["mismatched"] == len(astray)
     assert cohorts["canary"]["fell_back"] == 0
@@ -140,15 +153,18 @@ async def test_a_swapped_route_is_caught(tools, fresh, flags):
     with edited(system, "rds.yaml", swapped):
         await until_served_elsewhere(tools, system, flags, records)
         await tools.witness.ask_all(system.port, flags, asks(tools, 200), 10, records)
-    astray = [record for record in records if (record.decided.cohort, record.served) == ("stable", "canary")]
+    heard = [record for record in records if not record.failed_open]
+    astray = [record for record in heard if (record.decided.cohort, record.served) == ("stable", "canary")]
     assert len(astray) > 50
-    found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(records))
-    assert (found["mismatched"], found["lost"], found["surplus"]) == (len(astray), 0, 0)
-    sentence = f"{len(astray)} of {len(records)} requests were served by another arm than decided; see Envoy's routes"
-    assert_told(system, before, "one", sentence)
+    found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(heard))
+    assert_found(found, records, mismatched=len(astray))
+    sentence = (
+        f"{len(astray)} of {found['decided']} requests were served by another arm than decided; see Envoy's routes"
+    )
+    assert_told(tools, system, before, "one", sentence)
     cohorts = system.status()["flags"]["one"]["cohorts"]
     assert cohorts["stable"]["mismatched"] == len(astray)
-    assert cohorts["canary"]["fell_back"] == sum(record.served == "stable" for record in records)
+    assert cohorts["canary"]["fell_back"] == sum(record.served == "stable" for record in heard)
 
 
 async def test_what_a_cut_log_stream_lost_is_told_exactly_and_guessed_into_no_cohort(tools, fresh, flags):
@@ -162,15 +178,20 @@ async def test_what_a_cut_log_stream_lost_is_told_exactly_and_guessed_into_no_co
     wanted = tools.witness.Counts.of(traffic.records)
     assert {record.status for record in traffic.records} == {200}
 
+    # What perch was late with on a busy machine may have been decided all the same, and its entries are lost as others.
+    late = sum(record.failed_open for record in traffic.records)
+
     def found() -> Any:
         found = tools.witness.reconciled(system.status())
-        return found if all(found[flag]["decided"] == wanted.assigned[flag] for flag in flags) else None
+        more = [found[flag]["decided"] - wanted.assigned[flag] for flag in flags if flag in found]
+        return found if len(more) == len(flags) and all(0 <= n <= late for n in more) else None
 
     compared = await asyncio.to_thread(tools.until, found, "all decisions compared", COMPARED_WITHIN_S)
     status = system.status()
     metrics = tools.witness.metrics_of(system)
     for flag, row in compared.items():
-        assert row["lost"] == wanted.assigned[flag] - row["assigned"] >= 400
+        assert abs(row["lost"] - (wanted.assigned[flag] - row["assigned"])) <= late
+        assert row["lost"] >= 400
         assert (row["surplus"], row["mismatched"]) == (0, 0)
         assert metrics["perch_request_lost", flag] == row["lost"]
         cohorts = status["flags"][flag]["cohorts"]
@@ -196,10 +217,13 @@ async def test_a_second_envoy_that_nobody_told_about_is_caught(tools, fresh, fla
     system, before = fresh, told(fresh)
     with second_envoy(tools, system) as port:
         records = await tools.witness.ask_all(port, flags, asks(tools, 100, "two"), 10)
-        found = await asyncio.to_thread(until_alarmed, tools, system, "two", 100)
+        heard = [record for record in records if not record.failed_open]
+        found = await asyncio.to_thread(until_alarmed, tools, system, "two", len(heard))
     assert {record.status for record in records} == {200}
-    assert found == {"decided": 100, "assigned": 100, "served": 100, "lost": 0, "surplus": 100, "mismatched": 0}
-    assert_told(system, before, "two", "100 requests in the access log that no known process caused; a second Envoy?")
+    assert_found(found, records, surplus=100)
+    assert_told(
+        tools, system, before, "two", "100 requests in the access log that no known process caused; a second Envoy?"
+    )
     assert tools.witness.metrics_of(system)["perch_request_surplus", "two"] == 100
 
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +18,6 @@ NOBODY = "version: 1\nflags:\n  digits:\n    salt: digits-2026-11\n    canary: 0
 RULE = "    rules:\n      - {name: gold, when: {header: x-plan, equals: gold}, serve: canary}\n"
 
 
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 async def until(condition, what):
     end = asyncio.get_running_loop().time() + DEADLINE_S
     while asyncio.get_running_loop().time() < end:
@@ -37,9 +28,9 @@ async def until(condition, what):
 
 
 @pytest.fixture
-def everything(tmp_path):
+def everything(tools, tmp_path):
     """`perch up` on a flag file of its own; gives the file and the listener's port."""
-    port, control, admin = free_ports(3)
+    port, control, admin = tools.free_ports(3)
     flags = tmp_path / "flags" / "flags.yaml"
     flags.parent.mkdir()
     flags.write_text(NOBODY)

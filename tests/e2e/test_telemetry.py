@@ -71,7 +71,10 @@ def until_compared(tools: Any, system: Any, assigned: dict[str, int]) -> dict[st
     def compared() -> bool:
         said.update(system.status())
         found = tools.witness.reconciled(said)
-        return all(found.get(name, {}).get("assigned") == n for name, n in assigned.items())
+        # Decisions are reported each second: those of the last one may come after the comparison that has the entries.
+        return all(
+            name in found and found[name]["assigned"] == n <= found[name]["decided"] for name, n in assigned.items()
+        )
 
     tools.until(compared, f"{assigned} in the reconciliation", SETTLED_WITHIN_S)
     return said
@@ -267,7 +270,8 @@ async def test_of_a_canary_that_is_killed_midway_each_fall_back_is_counted_and_n
         await traffic.more(500)
     assert {record.status for record in traffic.records if record.began_s > killed_s} == {200}
     wanted = tools.witness.Counts.of(traffic.records)
-    assert min(wanted.cohorts[flag, "canary"].fell_back for flag in flags) > 100
+    # Until control knows of it and holds the flag: some hundreds, fewer on a slow machine.
+    assert min(wanted.cohorts[flag, "canary"].fell_back for flag in flags) > 10
     status = await asyncio.to_thread(until_read, tools, system, len(traffic.records) + 2)
     assert_cohorts(tools, status, wanted)
     assert_metrics(tools.witness.metrics_of(system), wanted)

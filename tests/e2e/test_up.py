@@ -120,7 +120,8 @@ def test_what_happens_is_told_in_a_line_each_and_ctrl_c_stops_envoy_first(tools)
         everything = set(system.roles())
         system.process.send_signal(signal.SIGINT)
         while "envoy" in (left := set(system.roles())):
-            assert left == everything
+            # One look takes its time: Envoy may have ended in the middle of it, and after Envoy the others.
+            assert left == everything or "envoy" not in system.roles()
         assert system.process.wait(60) == 0
         assert "Traceback" not in system.report()
 
