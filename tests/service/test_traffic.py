@@ -391,25 +391,27 @@ async def test_a_listener_that_never_answers_is_exit_1_with_a_summary(listener):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_ctrl_c_sums_up_also_what_was_under_way(listener, number):
-    answer, hung = listener.answer, asyncio.Event()
+    """Every connection is held by a request that hangs before it is stopped, so that nothing else is under way."""
+    answer, connections, held, all_held = listener.answer, 12, [], asyncio.Event()
 
     async def every_third_hangs(*args):
         if len(listener.requests) % 3 == 0:
-            if len(listener.requests) >= 30:
-                hung.set()
+            held.append(args)
+            if len(held) == connections:
+                all_held.set()
             await asyncio.sleep(3600)
         return await answer(*args)
 
     listener.answer = every_third_hangs
     where = ("--url", listener.url, "--control", listener.control_url, "--rate", 500, "--seconds", 3600, "--json")
-    process = await start(*where, "--label-delay", 0, "--connections", 1000)
-    await asyncio.wait_for(hung.wait(), 30)
+    process = await start(*where, "--label-delay", 0, "--connections", connections)
+    await asyncio.wait_for(all_held.wait(), 30)
     process.send_signal(number)
     code, out, err = await ended(process)
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert found["sent"] == sum(found["statuses"].values()) == len(listener.requests)
-    assert found["statuses"]["abandoned"] == len(listener.requests) // 3
+    assert found["sent"] == len(listener.requests) == 3 * connections
+    assert found["statuses"] == {"200": 2 * connections, "abandoned": connections}
     assert found["labels"]["joined"] + found["labels"]["unsent"] == found["statuses"]["200"]
 
 
