@@ -25,6 +25,7 @@ from extproc.modelsfile import load_models
 
 ROOT = Path(__file__).parents[2]
 ENVOY = Path(sys.executable).with_name("envoy")
+TRIES = 5
 needs_envoy = pytest.mark.skipif(not ENVOY.exists(), reason="no envoy beside the Python that runs the tests")
 
 # Sends a few requests, each by another user, and prints what wrk prints.
@@ -84,6 +85,15 @@ def run_bench(path: Path | str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+def run_bench_in_time(path: Path | str, *options: str) -> subprocess.CompletedProcess:
+    """The same, again where the machine was so busy that a server was late for Envoy, which fails a bench."""
+    for _ in range(TRIES):
+        done = run_bench(path, *options)
+        if "requests through without an answer" not in done.stderr:
+            break
+    return done
+
+
 SHORT = ("--rounds", "1", "--seconds", "1")
 
 
@@ -91,7 +101,7 @@ SHORT = ("--rounds", "1", "--seconds", "1")
 def test_a_round_goes_through_the_real_envoy_and_prints_json(tools, tmp_path):
     picture = tmp_path / "bench.svg"
     path = tools(wrk=WRK.format(complaint=""), h2load=H2LOAD)
-    done = run_bench(path, *SHORT, "--access-log", "--json", "--plot", str(picture))
+    done = run_bench_in_time(path, *SHORT, "--access-log", "--json", "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bar where there is no terminal
     found = json.loads(done.stdout)
@@ -108,7 +118,7 @@ def test_a_round_goes_through_the_real_envoy_and_prints_json(tools, tmp_path):
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="no wrk on PATH")
 def test_what_the_real_wrk_says_is_understood_and_the_table_has_a_row_for_each_path(tools):
     path = f"{tools()}:{Path(shutil.which('wrk')).parent}"
-    done = run_bench(path, *SHORT)
+    done = run_bench_in_time(path, *SHORT)
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
     assert float(rows["off"][0].replace(",", "")) > 0
@@ -121,7 +131,7 @@ def test_what_the_real_wrk_says_is_understood_and_the_table_has_a_row_for_each_p
 def test_h2load_alone_does_both(tools):
     path = tools()
     (path / "h2load").symlink_to(shutil.which("h2load"))
-    done = run_bench(path, *SHORT, "--json")
+    done = run_bench_in_time(path, *SHORT, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["load"] == "h2load"
@@ -130,7 +140,7 @@ def test_h2load_alone_does_both(tools):
 
 @needs_envoy
 def test_without_h2load_there_is_no_latency_and_a_line_that_says_so(tools):
-    done = run_bench(tools(wrk=WRK.format(complaint="")), *SHORT, "--json")
+    done = run_bench_in_time(tools(wrk=WRK.format(complaint="")), *SHORT, "--json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("perch: no latencies: they need h2load on PATH")
     found = json.loads(done.stdout)
