@@ -231,6 +231,11 @@ class Perch:
             self.clients[address] = Client(address)
         return self.clients[address]
 
+    def connect_anew(self) -> None:
+        """After a worker was killed: who asks over its connection may be the first to hear of it, and gets an error."""
+        while self.clients:
+            self.clients.popitem()[1].close()
+
     def ask(self, *args, worker: int = 0, **kwargs) -> Reply:
         assert self.process.poll() is None, f"perch serve ended:\n{self.log()}"
         return self.client(worker).ask(*args, **kwargs)

@@ -96,6 +96,7 @@ def test_a_killed_worker_is_replaced_and_given_what_is_served_now(perch, service
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     service.wait_until(lambda: len(set(workers_of(perch)) - before) == 2, "two new workers")
+    perch.connect_anew()
     for worker in (0, 1):
         assert perch.wait_for_file(digest, worker=worker).what == ("canary", "SPLIT")
         assert perch.client(worker).health() == 1
@@ -110,6 +111,7 @@ def test_a_worker_killed_while_the_flag_file_is_broken_gets_the_last_good_rulese
     (pid, _) = workers_of(perch)
     os.kill(pid, signal.SIGKILL)
     perch.wait_for_event("worker_restarting", told + 1)
+    perch.connect_anew()
     for worker in (0, 1):
         service.wait_until(lambda w=worker: perch.ask(worker=w).what == ("canary", "SPLIT"), "the last good ruleset")
 
