@@ -113,10 +113,22 @@ app.command()(traffic)
 @app.command()
 def status(
     control_port: Annotated[int | None, typer.Option(help="Port of the control API on this machine.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again every second, until Ctrl-C: a screen, or in a pipe each look.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show what is served: each flag with its percentage, whether it is held, and what Envoy had to let pass."""
+    """Show what is served and what each cohort got.
+
+    First whether the system is ready, what Envoy let pass without perch (failed open), and alerts: a flag file that is
+    refused, state that cannot be written, requests that are missing or went elsewhere, one unit that makes up too much.
+
+    Then for each flag: the percentage that is served, what is asked for if that is more, and whether it is held or
+    off; its ready servers and the version of the ruleset. For each cohort: requests, their share, those that fell back
+    to stable, and of the last minute, or of all where that was quiet, requests per second, errors and latencies. Below:
+    what the cohorts predict, the model versions that answered, drift between them, the means of reported values with
+    their number, and Envoy's log held against the decisions.
+    """
     from extproc.show import StatusError, show_status
 
     listen = f"127.0.0.1:{control_port}" if control_port is not None else None

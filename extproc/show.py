@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import sys
 import time
 from datetime import datetime
 from http import HTTPStatus
@@ -20,7 +21,7 @@ from extproc.core.flags import Arm, SourceKind, UnitSource
 from extproc.explain import Loaded, load, request_for
 from extproc.flagfile import Paths
 from extproc.modelsfile import Model
-from extproc.statustable import StatusView
+from extproc.statustable import StatusView, plain
 from extproc.up import Running
 
 WATCH_EVERY_S = 1.0
@@ -120,15 +121,17 @@ def example_body(folder: Path) -> str:
 
 
 async def show_status(control: str, *, watch: bool, as_json: bool) -> None:
-    """Prints the status once, or again and again. Raises StatusError, on a watched screen only at the start."""
+    """Prints the status once, or again and again. Raises StatusError, when it watches for people only at the start."""
     console = Console(highlight=False)
     status = await fetch_status(control)
     if as_json:
         await _print_json(console, control, status, watch=watch)
     elif not watch:
-        console.print(StatusView(status))
-    else:
+        console.print(StatusView(status), soft_wrap=True)
+    elif sys.stdout.isatty() and not console.is_dumb_terminal:
         await _keep_showing(console, control, status)
+    else:
+        await _keep_printing(console, control, status)
 
 
 async def _print_json(console: Console, control: str, status: dict[str, Any], *, watch: bool) -> None:
@@ -143,17 +146,34 @@ async def _print_json(console: Console, control: str, status: dict[str, Any], *,
 
 
 async def _keep_showing(console: Console, control: str, status: dict[str, Any]) -> None:
-    """While control does not answer, the last status stays, with a line above it that says so."""
+    """One screen. While control does not answer, the last status stays, with a line above it that says so."""
     heard_s, note = time.monotonic(), ""
-    with Live(StatusView(status), console=console, auto_refresh=False) as live:
+    with Live(StatusView(status, fit=True), console=console, auto_refresh=False) as live:
         while True:
-            live.update(StatusView(status, note), refresh=True)
+            live.update(StatusView(status, note, fit=True), refresh=True)
             await asyncio.sleep(WATCH_EVERY_S)
             try:
                 status = await fetch_status(control)
                 heard_s, note = time.monotonic(), ""
             except StatusError as error:
                 note = f"{time.monotonic() - heard_s:.0f} s old: {error}"
+
+
+async def _keep_printing(console: Console, control: str, status: dict[str, Any] | None) -> None:
+    """For a pipe or a file: every look below the last one, with its time; of a control that is away, a line."""
+    problem = ""
+    while True:
+        now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        if status is not None:
+            console.print(now, StatusView(status), "", sep="\n", soft_wrap=True)
+        elif problem:
+            console.print(f"{now}\n{plain(problem)}\n", markup=False, soft_wrap=True)
+        sys.stdout.flush()
+        await asyncio.sleep(WATCH_EVERY_S)
+        try:
+            status, problem = await fetch_status(control), ""
+        except StatusError as error:
+            status, problem = None, str(error)
 
 
 async def fetch_status(control: str) -> dict[str, Any]:

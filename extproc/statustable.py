@@ -1,14 +1,15 @@
-"""What `perch status` shows people: `GET /v1/status` as a table per flag, a row per cohort, and what needs a look.
+"""What `perch status` shows people: `GET /v1/status` as what needs a look, then a table per flag, a row per cohort.
 
 A control that is older or younger than this program may leave keys out: what is not there is shown as a dash, or not at
 all. Every text in it is somebody else's, so none is taken for markup, and none can move the cursor.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -30,29 +31,99 @@ _OFTEN = 0.01
 """Share of errors or fall-backs from which on it stands out."""
 
 
-class StatusView:
-    """The whole status, as wide as the terminal is. `note` is a line above it."""
+Line = list[Segment]
 
-    def __init__(self, status: Mapping[str, Any], note: str = "") -> None:
+
+class StatusView:
+    """The whole status, as wide as the terminal is. `note` is a line above it.
+
+    With `fit` it takes no more lines than a terminal has, and says what it leaves out. No line ends with blanks.
+    """
+
+    def __init__(self, status: Mapping[str, Any], note: str = "", *, fit: bool = False) -> None:
         self.status = status
         self.note = note
+        self.fit = fit
 
-    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lines from top to bottom."""
-        if self.note:
-            yield Text(plain(self.note), style="bold red")
-        yield _headline(self.status)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lines from top to bottom: what needs a look first, for the end may be out of sight."""
+
+        def lines_of(*parts: RenderableType) -> list[Line]:
+            return [_trimmed(line) for part in parts for line in console.render_lines(part, options, pad=False)]
+
+        room = options.max_height - 1 if self.fit else None  # the cursor stands below the last line
+        note = [Text(plain(self.note), style="bold red")] if self.note else []
+        lines = lines_of(*note, _headline(self.status))
+        alerts = [lines_of(_alert(alert)) for alert in alerts_of(self.status)]
+        lines += _shortened(alerts, None if room is None else (room - len(lines)) // 2, lambda n: lines_of(_more(n)))
         flags = _part(self.status, "flags")
         if not flags:
-            yield Text("no flags", style="dim")
-        for key in flags:
-            yield Text()
-            yield from _flag(str(key), _part(flags, key), wide=options.max_width >= WIDE)
-        alerts = alerts_of(self.status)
-        if alerts:
-            yield Text()
-        for alert in alerts:
-            yield _line("!", Text(plain(alert, 2 * MAX_TEXT), style="yellow"), width=1)
+            lines += lines_of(Text("no flags", style="dim"))
+        wide = options.max_width >= WIDE
+        forms = [[lines_of(*form) for form in _forms(str(key), _part(flags, key), wide=wide)] for key in flags]
+        chosen, shortened = _chosen(forms, None if room is None else room - len(lines))
+        lines += chosen
+        if shortened:
+            lines += lines_of(Text(f"{shortened}; `perch status` shows all", style="yellow"))
+        for line in lines:
+            yield from line
+            yield Segment.line()
+
+
+def _chosen(forms: list[list[list[Line]]], room: int | None) -> tuple[list[Line], str]:
+    """The flags, each in the longest of its forms that there is room for, those above first; what was cut, if anything.
+
+    Every flag gets its line before any gets its table, and every one its table before any gets all of it.
+    """
+    longest = [len(form) - 1 for form in forms]
+    if room is None or sum(len(form[-1]) for form in forms) <= room:
+        return [line for form in forms for line in form[-1]], ""
+    free = room - 1  # a line says what was cut
+    shown = forms[: max(0, free)]
+    free -= len(shown)
+    chosen = [0] * len(shown)
+    for level in range(1, max(longest) + 1):
+        for i, form in enumerate(shown):
+            more = len(form[min(level, longest[i])]) - len(form[chosen[i]])
+            if more <= free:
+                chosen[i], free = min(level, longest[i]), free - more
+    short = sum(level < longest[i] for i, level in enumerate(chosen)) + len(forms) - len(shown)
+    cut = (
+        f"{short} of {_number(len(forms), 'flag')} in short"
+        if len(shown) == len(forms)
+        else (f"{len(forms) - len(shown)} more of {_number(len(forms), 'flag')}")
+    )
+    return [line for form, level in zip(shown, chosen, strict=True) for line in form[level]], f"{cut}: too few lines"
+
+
+def _shortened(parts: list[list[Line]], room: int | None, more: Callable[[int], list[Line]]) -> list[Line]:
+    """The parts that there is room for, and how many more there are."""
+    if room is None or sum(map(len, parts)) <= room:
+        return [line for part in parts for line in part]
+    lines: list[Line] = []
+    for i, part in enumerate(parts):
+        if len(lines) + len(part) >= room:
+            return lines + more(len(parts) - i)
+        lines += part
+    return lines
+
+
+def _trimmed(line: Sequence[Segment]) -> Line:
+    """The line without the blanks at its end."""
+    kept = list(line)
+    while kept and not kept[-1].text.strip():
+        kept.pop()
+    if kept:
+        kept[-1] = Segment(kept[-1].text.rstrip(), kept[-1].style, kept[-1].control)
+    return kept
+
+
+def _alert(text: str) -> Padding:
+    return _line("!", Text(plain(text, 2 * MAX_TEXT), style="yellow"), width=1)
+
+
+def _more(n: int) -> Padding:
+    return _alert(f"{_number(n, 'more alert')}: too few lines; `perch status` shows all")
 
 
 def plain(text: object, most: int = MAX_TEXT) -> str:
@@ -105,6 +176,17 @@ def _headline(status: Mapping[str, Any]) -> Text:
         if log.get("unreadable"):
             line.append(f", {counted(log['unreadable'])} unreadable", style="yellow")
     return line
+
+
+def _forms(key: str, flag: dict[str, Any], *, wide: bool) -> Iterator[list[Text | Table | Padding]]:
+    """The lines of one flag, from the shortest form to the whole: its head, its cohorts too, all of it."""
+    head = _flag_line(key, flag)
+    head.no_wrap, head.overflow = True, "ellipsis"
+    yield [head]
+    cohorts = _part(flag, "cohorts")
+    if cohorts:
+        yield [Text(), head, _cohorts(cohorts, wide=wide)]
+    yield [Text(), *_flag(key, flag, wide=wide)]
 
 
 def _flag(key: str, flag: dict[str, Any], *, wide: bool) -> Iterator[Text | Table | Padding]:
@@ -221,12 +303,14 @@ def _line(name: str, text: Text, width: int = 8) -> Padding:
 
 
 def predictions_of(row: dict[str, Any]) -> str:
-    """What a cohort predicts most, with the shares of it; empty for nothing."""
+    """What a cohort predicts most, with the shares of it, or why that is not told; empty for nothing."""
     predictions = _numbers(row, "predictions")
     # Where as many are listed as ever are, there may be more: then the shares are those of all requests.
     total = sum(predictions.values()) if len(predictions) < _LISTED else row.get("requests")
     if not total:
-        return ""
+        if row.get("learning") is True:
+            return "(learning ranges)"
+        return "(vectors)" if row.get("prediction_kind") == "vector" else ""
     most = sorted(predictions.items(), key=lambda item: (-item[1], item[0]))
     shown = ", ".join(f"{plain(label, _LABEL) or '(empty)'} {100 * n / total:.0f} %" for label, n in most[:_TOP])
     return f"{shown}, …" if len(most) > _TOP else shown

@@ -3,9 +3,16 @@
 import asyncio
 import contextlib
 import copy
+import fcntl
 import io
 import json
+import os
+import pty
 import re
+import struct
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -14,6 +21,8 @@ from rich.console import Console
 from extproc import show
 from extproc.show import StatusError, fetch_status, show_status
 from extproc.statustable import StatusView, counted, duration, plain
+
+ROOT = Path(__file__).parents[2]
 
 
 def cohort(requests=10_000, share=0.95, **changed):
@@ -76,12 +85,17 @@ def status(flag=None, **changed):
     return made
 
 
-def rendered(what, width=80, note=""):
-    """The lines as a terminal of that width shows them; none is wider than it."""
+def rendered(what, width=80, note="", height=None):
+    """The lines as a terminal of that width shows them: none is wider than it, none ends with blanks.
+
+    With a height, those of a watched screen.
+    """
     out = io.StringIO()
-    Console(file=out, width=width, highlight=False, color_system=None).print(StatusView(what, note))
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    assert all(len(line) <= width for line in lines)
+    console = Console(file=out, width=width, height=height, highlight=False, color_system=None)
+    console.print(StatusView(what, note, fit=height is not None))
+    lines = out.getvalue().split("\n")
+    assert lines.pop() == ""
+    assert all(len(line) <= width and line == line.rstrip() for line in lines)
     return lines
 
 
@@ -214,16 +228,76 @@ def test_any_key_may_be_missing_or_null(path):
         assert rendered(damaged, 160)
 
 
-def test_what_needs_a_look_stands_below_everything():
+def test_what_needs_a_look_stands_directly_below_the_headline():
     flag = {"heavy_unit": {"share": 0.31, "unit": "anonymous"}}
     problems = {"problems": ["flags.yaml:3:4: canary: expected a number"]}
     lines = rendered(status(flag, flag_file=problems, alerts=["digits: 12 of 30000 requests are missing"]))
-    assert lines[-4:] == [
-        "",
+    assert lines[:6] == [
+        "ready  0 failed open  10.5k log entries of 1 Envoy",
         "  ! the last good flag file is served: flags.yaml:3:4: canary: expected a number",
         "  ! digits: 12 of 30000 requests are missing",
         "  ! digits: one unit (anonymous) makes up 31% of the traffic; is it a person?",
+        "",
+        "digits  canary 5 %  serving",
     ]
+
+
+# --- a watched screen ---
+
+
+def many(flags, alerts=0):
+    """A status of so many flags and alerts."""
+    return status(flags={f"flag-{i}": FLAG for i in range(flags)}, alerts=[f"alert {i}" for i in range(alerts)])
+
+
+def heads(lines):
+    """The flags whose head is there."""
+    return [line.partition(" ")[0] for line in lines if line.startswith("flag-")]
+
+
+def test_what_fits_on_the_screen_is_shown_whole():
+    assert rendered(many(1, 1), height=16) == rendered(many(1, 1))
+    assert len(rendered(many(1, 1))) == 15
+
+
+def test_of_three_flags_in_twenty_lines_every_one_shows_its_cohorts_and_the_alerts_stand_above():
+    lines = rendered(many(3, 2), height=20)
+    assert lines[1:3] == ["  ! alert 0", "  ! alert 1"]
+    assert heads(lines) == ["flag-0", "flag-1", "flag-2"]
+    assert [line[2:8] for line in lines].count("canary") == 3
+    assert lines[-1] == "3 of 3 flags in short: too few lines; `perch status` shows all"
+    assert len(lines) <= 19
+
+
+def test_the_room_that_is_left_is_of_the_flags_above():
+    lines = rendered(many(2), height=24)
+    assert any(line.startswith("  drift") for line in lines[: lines.index("flag-1  canary 5 %  serving")])
+    assert not any(line.startswith("  drift") for line in lines[lines.index("flag-1  canary 5 %  serving") :])
+    assert lines[-1] == "1 of 2 flags in short: too few lines; `perch status` shows all"
+
+
+def test_flags_and_alerts_for_which_there_is_no_line_are_counted():
+    lines = rendered(many(40, 30), height=20)
+    assert lines[1:10] == [f"  ! alert {i}" for i in range(8)] + [
+        "  ! 22 more alerts: too few lines; `perch status` shows all"
+    ]
+    assert heads(lines) == [f"flag-{i}" for i in range(8)]
+    assert lines[-1] == "32 more of 40 flags: too few lines; `perch status` shows all"
+
+
+@pytest.mark.parametrize("height", [5, 6, 7, 10, 15, 20, 24, 30, 50, 100])
+@pytest.mark.parametrize("flags", [0, 1, 2, 3, 7, 40])
+@pytest.mark.parametrize("alerts", [0, 1, 5, 30])
+def test_a_watched_screen_never_has_more_lines_than_the_terminal_and_hides_nothing_unsaid(flags, alerts, height):
+    what = many(flags, alerts)
+    lines, whole = rendered(what, height=height), rendered(what)
+    assert len(lines) < height
+    assert lines == whole or lines[-1].endswith("shows all") or any("more alert" in line for line in lines)
+    hidden = [int(line.split()[0]) for line in lines if " more of " in line]
+    assert len(heads(lines)) + sum(hidden) == flags
+    told = [line for line in lines if line.startswith("  ! ")]
+    more = [int(line.split()[1]) for line in told if " more alert" in line]
+    assert len(told) - len(more) + sum(more) == alerts
 
 
 def test_the_head_says_what_is_not_ready_and_what_could_not_be_read():
@@ -344,6 +418,11 @@ async def test_json_is_the_whole_answer_and_in_a_pipe_a_line_per_look(control, c
     assert all(json.loads(line) == STATUS for line in lines)
 
 
+def without_escapes(text):
+    """What a terminal shows of it."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
 async def until(condition):
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110  what is watched tells nobody
@@ -353,7 +432,10 @@ async def until(condition):
 async def test_while_control_is_away_a_watched_screen_keeps_the_last_status_and_says_so(control, capsys, monkeypatch):
     monkeypatch.setattr(show, "WATCH_EVERY_S", 0.01)
     seen = []
-    monkeypatch.setattr(show, "StatusView", lambda status, note="": seen.append(note) or StatusView(status, note))
+    monkeypatch.setattr(
+        show, "StatusView", lambda status, note="", **fit: seen.append(note) or StatusView(status, note, **fit)
+    )
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     watching = asyncio.create_task(show_status(control.address, watch=True, as_json=False))
     await until(lambda: control.asked > 2)
     control.code = 500
@@ -364,10 +446,78 @@ async def test_while_control_is_away_a_watched_screen_keeps_the_last_status_and_
     watching.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await watching
-    assert "digits  canary 5 %  serving" in capsys.readouterr().out
+    assert "digits  canary 5 %  serving" in without_escapes(capsys.readouterr().out)
     assert rendered(STATUS, note=f"3 s old: {'x' * 20}")[0] == "3 s old: xxxxxxxxxxxxxxxxxxxx"
 
 
 async def test_nobody_there_at_the_start_is_an_error_also_when_watching():
     with pytest.raises(StatusError, match=r"control does not answer at 127.0.0.1:1 .*is `perch up` running\?"):
         await show_status("127.0.0.1:1", watch=True, as_json=False)
+
+
+# --- the command, as a process ---
+
+
+async def watch(control, stdout, **environment):
+    """`perch status --watch` with this standard output."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PERCH_")} | {"TERM": "xterm"}
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "extproc", "status", "--watch", "--control-port", control.address.rpartition(":")[2]),
+        cwd=ROOT,
+        env=own | environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("environment", [{}, {"FORCE_COLOR": "1"}])
+async def test_in_a_pipe_every_look_comes_at_once_as_plain_text(control, environment):
+    process = await watch(control, asyncio.subprocess.PIPE, **environment)
+    try:
+        async with asyncio.timeout(30):
+            looks = [await process.stdout.readuntil(b"\n\n2") for _ in range(2)]
+            control.code = 500
+            while b"control at" not in (line := await process.stdout.readline()) and b"is not perch" not in line:
+                pass
+            control.code = 200
+            assert b"ready" in await process.stdout.readuntil(b"ready")
+    finally:
+        process.terminate()
+        await process.wait()
+    text = b"".join(looks).decode()
+    assert environment or "\x1b" not in text
+    assert not re.search(r"\x1b\[[^m]*[a-ln-zA-Z]|\r", text)  # colours at most, where they were asked for
+    text = without_escapes(text)
+    assert len(re.findall(r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d$", text, re.MULTILINE)) == 2
+    assert [line for line in text.splitlines() if line.startswith("ready")] == [rendered(STATUS)[0]] * 2
+    assert "  log      10.5k decided, 0 lost, 2 surplus, 1 served by another arm" in text
+
+
+async def test_a_reader_that_has_seen_enough_ends_it_without_a_word(control):
+    process = await watch(control, asyncio.subprocess.PIPE)
+    await asyncio.wait_for(process.stdout.readline(), 30)
+    process.stdout._transport.close()
+    _, err = await asyncio.wait_for(process.communicate(), 30)
+    assert err == b""
+
+
+async def test_a_terminal_of_twenty_lines_shows_the_alerts_and_says_what_is_cut(control):
+    control.answer = json.dumps(many(3, 1)).encode()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 80, 0, 0))
+    process = await watch(control, theirs)
+    os.close(theirs)
+    screen = b""
+    try:
+        async with asyncio.timeout(30):
+            while screen.count(b"shows all") < 2:
+                screen += await asyncio.to_thread(os.read, ours, 65536)
+    finally:
+        process.terminate()
+        await process.wait()
+        os.close(ours)
+    text = without_escapes(screen.decode())
+    assert "  ! alert 0\r\n" in text
+    assert "3 of 3 flags in short: too few lines; `perch status` shows all" in text
+    assert "..." not in text
