@@ -42,7 +42,7 @@ from extproc.receiver import Received, Receiver
 from extproc.reconciling import Reconciler
 from extproc.requestmetrics import RequestMetrics
 from extproc.settings import Settings
-from extproc.statefiles import append_line, read_or_none, write_atomically
+from extproc.statefiles import Journal, read_or_none, write_atomically
 from extproc.telemetry import Steps, Telemetry
 from extproc.wire.outcomes import Batch
 
@@ -124,6 +124,7 @@ class Control:
     compiler: Compiler
     admin: EnvoyAdmin
     controller: Controller = field(init=False)
+    audit: Journal = field(init=False)
     flag_file: FlagFile = field(init=False)
     decided: Decided = field(default_factory=Decided)
     telemetry: Telemetry = field(init=False)
@@ -137,6 +138,7 @@ class Control:
         """Reads what earlier runs decided."""
         paths = Paths(self.settings.flags, self.settings.state)
         self.controller = Controller(
+        self.audit = Journal(paths.state / "audit.jsonl")
             models=self.models,
             exposures=start_exposures(paths, self.tell),
             write=lambda exposures: write_exposures(paths.exposure, exposures),
@@ -170,16 +172,16 @@ class Control:
     def tell(self, kind: str, text: str, warning: bool = False) -> None:  # noqa: FBT001, FBT002  as the core calls it
         """An event: to the log, to people, and to the audit file, which keeps it."""
         (self.events.warn if warning else self.events.tell)(kind, text)
-        at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        try:
-            append_line(self.settings.state / "audit.jsonl", json.dumps({"time": at, "event": kind, "text": text}))
-        except OSError as error:
-            self.events.warn("audit_not_written", f"{self.settings.state / 'audit.jsonl'}: {error.strerror}")
+        at, before = datetime.now(UTC).isoformat(timespec="milliseconds"), self.audit.problem
+        self.audit.add(json.dumps({"time": at, "event": kind, "text": text}))
+        if self.audit.problem and self.audit.problem != before:
+            self.events.warn("audit_not_written", f"{self.audit.problem}; tried again each tick")
 
     def take_flags(self, received: Received) -> None:
         """A ruleset that serve serves too: its flags get their gates, Envoy the headers that it reads."""
         flags = [flag for flag, _ in received.flags]
-        self.controller.take_flags(flags, received.published.ruleset.version)
+        followed = Exposures(flags={flag.key: exposure for flag, exposure in received.flags if exposure is not None})
+        self.controller.take_flags(flags, received.published.ruleset.version, followed)
         self.telemetry.take_flags(flags, self.controller.exposures)
         self.forward_headers(flags)
 
@@ -242,6 +244,7 @@ class Control:
             before = self.controller.exposures
             self.controller.tick(time.monotonic(), view)
             if self.controller.exposures is not before:
+            self.audit.write()
                 self.telemetry.take_exposures(self.controller.exposures)
             for model in self.models:
                 if view is not None:
@@ -276,12 +279,19 @@ class Control:
                 "problems": [f"{self.settings.flags}:{problem}" for problem in problems],
             },
             "flags": {key: {**row, **self._measured(key)} for key, row in self.controller.status().items()},
-            "alerts": self.reconciler.alerts(),
+            "alerts": [*self.controller.alerts(), *self._unwritten(), *self.reconciler.alerts()],
             "access_log": self._log_status(),
             "envoy": await self._envoy_status(),
         }
 
     def _measured(self, key: str) -> dict[str, Any]:
+    def _unwritten(self) -> list[str]:
+        """Events that are not in the audit file, a line if there are any."""
+        audit = self.audit
+        waiting = "1 event waits" if audit.waiting == 1 else f"{audit.waiting} events wait"
+        lost = f", {audit.lost} before are lost" if audit.lost else ""
+        return [f"not written: {audit.problem}; {waiting} for it{lost}"] if audit.problem else []
+
         """What was measured of a flag's requests; a key only once there is something behind it."""
         found = {**self._decided(key), **cohorts_of(self.telemetry, key)}
         difference = self.reconciler.found.differences.get(key)

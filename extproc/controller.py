@@ -8,6 +8,9 @@ from extproc.core.exposure import with_caps
 from extproc.core.flags import Exposures, Flag, effective_percent, wanted_percent
 from extproc.core.warmgate import Gate, look
 
+NAMED = 3
+"""Flags named in an alert that may be about all of them."""
+
 
 class Host(Protocol):
     """One upstream host as Envoy sees it."""
@@ -70,7 +73,10 @@ class View:
 
 @dataclass(slots=True)
 class Controller:
-    """Keeps the exposures. `write` puts them where serve reads them; `tell` is (kind, text, warning)."""
+    """Keeps the exposures. `write` puts them where serve reads them; `tell` is (kind, text, warning).
+
+    What it decided is not what is served while it cannot be written: `_followed` is what serve reads meanwhile.
+    """
 
     models: Sequence[Model]
     exposures: Exposures
@@ -81,12 +87,22 @@ class Controller:
     version: str = ""
     _gates: dict[str, Gate] = field(default_factory=dict, init=False)
     _was_ready: bool = field(default=False, init=False)
-    _unwritten: bool = field(default=False, init=False)
+    _unwritten: str = field(default="", init=False)
+    _followed: Exposures = field(init=False)
 
-    def take_flags(self, flags: Iterable[Flag], version: str) -> None:
-        """A new flag file is served. A flag that is new begins with its model's gate as it stands."""
+    def __post_init__(self) -> None:
+        """What earlier runs decided is what serve follows."""
+        self._followed = self.exposures
+
+    def take_flags(self, flags: Iterable[Flag], version: str, followed: Exposures | None = None) -> None:
+        """A new flag file is served, or other exposures: `followed`, as they were read where serve reads them.
+
+        A flag that is new begins with its model's gate as it stands.
+        """
         before, self.flags = self.flags, {flag.key: flag for flag in flags}
         self.version = version
+        if followed is not None:
+            self._followed = followed
         for key, flag in self.flags.items():
             if key in before and self._wanted(before[key]) != self._wanted(flag):
                 moved = f"{self._wanted(before[key]):g} % -> {self._wanted(flag):g} %"
@@ -145,11 +161,26 @@ class Controller:
         try:
             self.write(changed)
         except OSError as error:
-            if not self._unwritten:
-                self.tell("exposure_not_written", f"{error}; tried again each tick", True)
-            self._unwritten = True
+            problem = f"{error.filename or 'the exposures'}: {error.strerror or error}"
+            if problem != self._unwritten:
+                self.tell("exposure_not_written", f"{problem}; tried again each tick", True)
+            self._unwritten = problem
         else:
-            self._unwritten = False
+            self._followed, self._unwritten = changed, ""
+
+    def alerts(self) -> list[str]:
+        """What somebody should look into, a line each: decisions that serve cannot follow, for they are not written."""
+        if not self._unwritten:
+            return []
+        others = []
+        for flag in self.flags.values():
+            served, decided = (effective_percent(flag, of.of(flag)) for of in (self._followed, self.exposures))
+            if served != decided:
+                others.append(f"{flag.key} has canary {float(served):g} %, not {float(decided):g} %")
+        named = ", ".join(others[:NAMED]) + (f", and {len(others) - NAMED} more" if len(others) > NAMED else "")
+        return [
+            f"not written, so serve follows what was decided before: {self._unwritten}{'; ' if named else ''}{named}"
+        ]
 
     def not_ready(self) -> str | None:
         """What is missing for the service to be ready, as a sentence; None when nothing is.
@@ -183,19 +214,18 @@ class Controller:
         )
 
     def status(self) -> dict[str, Any]:
-        """What the controller knows of each flag, as plain data."""
+        """Each flag as serve follows it, and what the controller knows of it, as plain data."""
         return {key: self._flag_status(flag) for key, flag in self.flags.items()}
 
     def _flag_status(self, flag: Flag) -> dict[str, Any]:
-        exposure = self.exposures.of(flag)
-        gate = self._gate_of(flag.model)
-        wanted = wanted_percent(flag, exposure) if flag.enabled else 0
+        followed = self._followed.of(flag)
+        wanted = self._wanted(flag)
         return {
             "model": flag.model,
             "enabled": flag.enabled,
-            "effective_percent": float(effective_percent(flag, exposure)),
-            "wanted_percent": float(wanted),
-            "held": not gate.is_open and wanted > 0,
+            "effective_percent": float(effective_percent(flag, followed)),
+            "wanted_percent": wanted,
+            "held": wanted > 0 and followed is not None and followed.cap == 0,
             "version": self.version,
             "salt": flag.salt,
             "owner": flag.owner,

@@ -5,14 +5,26 @@ import errno
 import os
 import stat
 import tempfile
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
+
+MAX_WAITING = 1_000
+"""Lines that a journal keeps while they cannot be written."""
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Puts `content` at `path` so that a reader sees the old file or the new one, also after a power cut.
 
-    Makes the folder if it is missing. Raises OSError and leaves the old file and no temporary one.
+    Makes the folder if it is missing. Raises OSError that names `path`, and leaves the old file and no temporary one.
     """
+    try:
+        _write_beside(path, content, mode)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _write_beside(path: Path, content: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -56,10 +68,53 @@ def read_or_none(path: Path, limit_bytes: int) -> bytes | None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds one line to a file that only grows. One write, so that two writers never mix their lines. Raises OSError."""
+    """Adds one line to a file that only grows. One write, so that two writers never mix their lines.
+
+    Raises OSError; of a line for which there is too little room nothing stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = line.encode() + b"\n"
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, line.encode() + b"\n")
+        written = os.write(handle, whole)
+        if written < len(whole):
+            end = os.lseek(handle, 0, os.SEEK_CUR)
+            if os.fstat(handle).st_size == end:  # nobody has written behind it
+                os.ftruncate(handle, end - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(handle)
+
+
+@dataclass(slots=True)
+class Journal:
+    """A file of lines that only grows. What cannot be written waits, and `problem` says why; `lost` waited too long."""
+
+    path: Path
+    problem: str = field(default="", init=False)
+    lost: int = field(default=0, init=False)
+    _waiting: deque[str] = field(default_factory=deque, init=False)
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are not in the file yet."""
+        return len(self._waiting)
+
+    def add(self, line: str) -> None:
+        """Adds a line, or keeps it until it can be written. Raises nothing."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._waiting.popleft()
+            self.lost += 1
+        self._waiting.append(line)
+        self.write()
+
+    def write(self) -> None:
+        """Writes what waits, as far as that goes. Raises nothing."""
+        try:
+            while self._waiting:
+                append_line(self.path, self._waiting[0])
+                self._waiting.popleft()
+        except OSError as error:
+            self.problem = f"{self.path}: {error.strerror or error}"
+        else:
+            self.problem = ""

@@ -4,10 +4,12 @@
 import asyncio
 import contextlib
 import json
+import resource
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -61,7 +63,7 @@ class Desk:
 
     def write(self, exposures):
         if self.disk_full:
-            raise OSError(28, "No space left on device")
+            raise OSError(28, "No space left on device", "state/exposure.json")
         self.written.append(exposures)
 
     def look(self, *views):
@@ -236,6 +238,68 @@ def test_the_status_says_what_is_held_and_what_is_wanted(desk):
         WINE: (0.0, 50.0, True),
     }
     assert status[DIGITS]["ready"] == {"stable": 1, "canary": 1}
+
+
+FULL = "not written, so serve follows what was decided before: state/exposure.json: No space left on device"
+
+
+def served(desk):
+    """What the status says is served of each flag, and whether it is held there."""
+    return {key: (row["effective_percent"], row["held"]) for key, row in desk.controller.status().items()}
+
+
+def test_a_gate_that_closed_and_could_not_be_written_is_shown_as_it_is_served_and_is_an_alert(desk):
+    desk.look(*[view(1, 2)] * 2)
+    assert (served(desk), desk.controller.alerts()) == ({DIGITS: (5.0, False), WINE: (50.0, False)}, [])
+    desk.disk_full = True
+    desk.look(*[view(0, 2)] * 3)
+    assert desk.caps() == {DIGITS: 0, WINE: 100}
+    assert served(desk) == {DIGITS: (5.0, False), WINE: (50.0, False)}
+    assert desk.controller.alerts() == [f"{FULL}; digits has canary 5 %, not 0 %"]
+    assert [text for kind, text, _ in desk.told if kind == "exposure_not_written"] == [
+        "state/exposure.json: No space left on device; tried again each tick"
+    ]
+    desk.disk_full = False
+    desk.look(view(0, 2))
+    assert (served(desk), desk.controller.alerts()) == ({DIGITS: (0.0, True), WINE: (50.0, False)}, [])
+
+
+def test_a_gate_that_opened_and_could_not_be_written_is_still_held(desk):
+    desk.disk_full = True
+    desk.look(*[view(1, 2)] * 2)
+    assert served(desk) == {DIGITS: (0.0, True), WINE: (0.0, True)}
+    assert desk.controller.alerts() == [f"{FULL}; digits has canary 0 %, not 5 %, wine has canary 0 %, not 50 %"]
+    desk.look(*[view(0, 0)] * 3)  # as it was: nothing is served that should not be, but nothing can be decided either
+    assert desk.controller.alerts() == [FULL]
+
+
+def test_an_alert_about_many_flags_names_some_of_them(models):
+    names = [f"f{i}" for i in range(9)]
+    desk = Desk([replace(models[0], name=name) for name in names], taken=())
+    desk.controller.take_flags(flags("{" + ", ".join(f"{name}: {{canary: 5}}" for name in names) + "}"), "v.1")
+    desk.look(*[View({})] * 3)
+    desk.disk_full = True
+    desk.look(*[View({f"{name}_canary": 1 for name in names})] * 2)
+    (alert,) = desk.controller.alerts()
+    assert alert.removeprefix(FULL) == (
+        "; f0 has canary 0 %, not 5 %, f1 has canary 0 %, not 5 %, f2 has canary 0 %, not 5 %, and 6 more"
+    )
+
+
+def test_exposures_that_somebody_else_wrote_are_shown_as_serve_follows_them(desk):
+    desk.look(*[view(1, 2)] * 2)
+    desk.controller.take_flags(BOTH, "v.9", CLOSED)
+    assert served(desk) == {DIGITS: (0.0, True), WINE: (0.0, True)}
+
+
+def test_a_flag_that_came_while_the_disk_was_full_has_no_gate_yet_and_the_status_says_so(models):
+    desk = Desk(models, CLOSED, taken=())
+    desk.look(view())
+    desk.disk_full = True
+    new = flags("{digits: {canary: 5, salt: new}}")
+    desk.controller.take_flags(new, "v.1", CLOSED)
+    assert served(desk) == {DIGITS: (5.0, False)}
+    assert desk.controller.alerts() == [f"{FULL}; digits has canary 5 %, not 0 %"]
 
 
 # The real process.
@@ -552,6 +616,56 @@ async def test_serve_follows_control_and_goes_on_without_it(folder, service, env
         assert (await asyncio.to_thread(perch.ask)).what == ("canary", "SPLIT")
     text = service.flags_yaml(0, more="description: without control")
     assert (await asyncio.to_thread(perch.put, text)).what == ("stable", "SPLIT")
+
+
+async def test_while_nothing_can_be_written_the_status_shows_what_serve_goes_on_serving(
+    folder, service, envoy, start_control, launch
+):
+    """A process that may make no file longer stands for a full disk: it is told the same way, and ends again."""
+    folder.put(service.flags_yaml(100))
+    closed(folder)
+    perch = await asyncio.to_thread(launch)
+    envoy.healthy["digits_canary"] = 2
+    control = await start_control()
+
+    async def shows(percent, held, alerts):
+        async def right():
+            status = await control.status()
+            row = status["flags"].get(DIGITS, {})
+            found = (
+                row.get("effective_percent"),
+                row.get("held"),
+                [alert for alert in status["alerts"] if "not wr" in alert],
+            )
+            return found[:2] == (percent, held) and len(found[2]) == alerts and (status, found[2])
+
+        return await control.until(right, f"{percent} % and {alerts} alerts")
+
+    async def decides(cohort, reason):
+        async def right():
+            return (await asyncio.to_thread(perch.ask)).what == (cohort, reason)
+
+        await control.until(right, f"{cohort} {reason}")
+
+    await decides("canary", "SPLIT")
+    await shows(100.0, False, 0)
+    unlimited = resource.prlimit(control.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    envoy.healthy["digits_canary"] = 0
+    status, alerts = await shows(100.0, False, 2)
+    assert (await asyncio.to_thread(perch.ask)).what == ("canary", "SPLIT")
+    assert status["flags"][DIGITS]["version"] == perch.version()
+    folder_name = str(folder.state)
+    assert alerts[0] == (
+        f"not written, so serve follows what was decided before: {folder_name}/exposure.json: File too large; "
+        "digits has canary 100 %, not 0 %"
+    )
+    assert alerts[1].startswith(f"not written: {folder_name}/audit.jsonl: File too large; ")
+    resource.prlimit(control.process.pid, resource.RLIMIT_FSIZE, unlimited)
+    await shows(0.0, True, 0)
+    await decides("stable", "HELD")
+    kinds = [json.loads(line)["event"] for line in (folder.state / "audit.jsonl").read_text().splitlines()]
+    assert "canary_cold" in kinds
+    assert "exposure_not_written" in kinds
 
 
 async def test_a_taken_address_is_named(folder, service, envoy):

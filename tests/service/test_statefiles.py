@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from extproc.statefiles import append_line, read_or_none, write_atomically
+from extproc import statefiles
+from extproc.statefiles import Journal, append_line, read_or_none, write_atomically
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,20 +51,59 @@ def test_a_reader_sees_one_version_whole_while_another_is_written(tmp_path):
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    code = (
-        "import sys; from pathlib import Path; from extproc.statefiles import write_atomically\n"
-        "try: write_atomically(Path(sys.argv[1]), b'x' * 100_000)\n"
-        "except OSError as error: print(error.errno)\n"
-    )
+    ended = on_a_small_disk("try: write_atomically(path, b'x' * 100_000)\nexcept OSError as error: print(error)", path)
+    assert ended == f"[Errno 27] File too large: '{path}'"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def on_a_small_disk(code, path):
+    """What a program prints that has `path` and cannot make a file of more than 1,000 bytes."""
+    start = "import sys; from pathlib import Path; from extproc.statefiles import *\npath = Path(sys.argv[1])\n"
 
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
-    command = [sys.executable, "-c", code, str(path)]
+    command = [sys.executable, "-c", start + code, str(path)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, preexec_fn=small_disk)
-    assert ended.stdout.strip() == "27"
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    return ended.stdout.strip()
+
+
+def test_of_a_line_for_which_there_is_too_little_room_nothing_stays(tmp_path):
+    path = tmp_path / "file"
+    code = (
+        "for n in (600, 600, 100):\n try: append_line(path, 'x' * n); print(n)\n except OSError as error: print(error)"
+    )
+    assert on_a_small_disk(code, path).splitlines() == ["600", "[Errno 28] No space left on device", "100"]
+    assert [len(line) for line in path.read_text().splitlines()] == [600, 100]
+
+
+def test_lines_that_a_journal_could_not_write_wait_in_their_order(tmp_path):
+    path = tmp_path / "gone" / "journal"
+    path.parent.write_text("in the way")
+    journal = Journal(path)
+    journal.add("one")
+    journal.add("two")
+    assert (journal.waiting, journal.lost) == (2, 0)
+    assert journal.problem.startswith(f"{path}: ")
+    path.parent.unlink()
+    journal.write()
+    journal.add("three")
+    assert path.read_text() == "one\ntwo\nthree\n"
+    assert (journal.waiting, journal.problem) == (0, "")
+
+
+def test_a_journal_keeps_the_newest_lines_and_counts_the_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(statefiles, "MAX_WAITING", 3)
+    path = tmp_path / "gone" / "journal"
+    path.parent.write_text("in the way")
+    journal = Journal(path)
+    for i in range(5):
+        journal.add(str(i))
+    assert (journal.waiting, journal.lost) == (3, 2)
+    path.parent.unlink()
+    journal.write()
+    assert path.read_text() == "2\n3\n4\n"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
