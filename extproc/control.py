@@ -123,8 +123,8 @@ class Control:
     events: Events
     compiler: Compiler
     admin: EnvoyAdmin
-    controller: Controller = field(init=False)
     audit: Journal = field(init=False)
+    controller: Controller = field(init=False)
     flag_file: FlagFile = field(init=False)
     decided: Decided = field(default_factory=Decided)
     telemetry: Telemetry = field(init=False)
@@ -137,8 +137,8 @@ class Control:
     def __post_init__(self) -> None:
         """Reads what earlier runs decided."""
         paths = Paths(self.settings.flags, self.settings.state)
-        self.controller = Controller(
         self.audit = Journal(paths.state / "audit.jsonl")
+        self.controller = Controller(
             models=self.models,
             exposures=start_exposures(paths, self.tell),
             write=lambda exposures: write_exposures(paths.exposure, exposures),
@@ -243,8 +243,8 @@ class Control:
             view = await self._view()
             before = self.controller.exposures
             self.controller.tick(time.monotonic(), view)
-            if self.controller.exposures is not before:
             self.audit.write()
+            if self.controller.exposures is not before:
                 self.telemetry.take_exposures(self.controller.exposures)
             for model in self.models:
                 if view is not None:
@@ -284,7 +284,6 @@ class Control:
             "envoy": await self._envoy_status(),
         }
 
-    def _measured(self, key: str) -> dict[str, Any]:
     def _unwritten(self) -> list[str]:
         """Events that are not in the audit file, a line if there are any."""
         audit = self.audit
@@ -292,6 +291,7 @@ class Control:
         lost = f", {audit.lost} before are lost" if audit.lost else ""
         return [f"not written: {audit.problem}; {waiting} for it{lost}"] if audit.problem else []
 
+    def _measured(self, key: str) -> dict[str, Any]:
         """What was measured of a flag's requests; a key only once there is something behind it."""
         found = {**self._decided(key), **cohorts_of(self.telemetry, key)}
         difference = self.reconciler.found.differences.get(key)
