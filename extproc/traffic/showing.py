@@ -7,10 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from extproc.traffic.tally import Tally
+from extproc.traffic.tally import NO_ANSWER, Tally
 
 BEHIND_MS = 100
+MAX_NAME, MAX_LINE = 18, 500
 
 
 @contextmanager
@@ -27,22 +29,37 @@ def line_of(tally: Tally) -> str:
     """How it goes, in one line."""
     canary = tally.cohorts.get("canary")
     share = canary.requests / tally.answered if canary and tally.answered else 0.0
-    errors = tally.statuses.total() - tally.statuses["200"]
-    return f"{tally.sent:,} sent, {share:.1%} by canary, {errors:,} errors"
+    return f"{tally.sent:,} sent, {share:.1%} by canary, {_number(tally.errors, 'error')}"
+
+
+def print_summary(document: dict[str, Any], console: Console) -> None:
+    """The cohorts side by side, and below what else is to be known. `document` is the one of `--json`."""
+    if document["cohorts"] or document["errors"]:
+        console.print(table_of(document), soft_wrap=True)
+    for line in lines_of(document):
+        console.print(Text(plain(line[:MAX_LINE])), soft_wrap=True)
 
 
 def table_of(document: dict[str, Any]) -> Table:
-    """The cohorts side by side; `document` is the one of `--json`. What else is to be known stands below."""
-    table = Table(box=None, pad_edge=False, caption_justify="left", caption_style="")
+    """The cohorts side by side, and those that had no answer, so that the errors are all there."""
+    table = Table(box=None, pad_edge=False)
     for column in ("cohort", "requests", "share", "errors", "p50 ms", "p95 ms", "p99 ms", "accuracy"):
         table.add_column(column, justify="left" if column == "cohort" else "right")
     for cohort, row in document["cohorts"].items():
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
         share = f"{row['requests'] / document['answered']:.1%}"
         latencies = (f"{ms:.1f}" for ms in row["latency_ms"].values())
-        table.add_row(cohort, f"{row['requests']:,}", share, f"{row['errors']:,}", *latencies, accuracy)
-    table.caption = "\n".join(lines_of(document))
+        name = Text(plain(cohort[:MAX_NAME]))
+        table.add_row(name, f"{row['requests']:,}", share, f"{row['errors']:,}", *latencies, accuracy)
+    unanswered = document["statuses"].get(NO_ANSWER, 0)
+    if unanswered:
+        table.add_row(NO_ANSWER, f"{unanswered:,}", "-", f"{unanswered:,}", "-", "-", "-", "-")
     return table
+
+
+def plain(text: str) -> str:
+    """Text of a server as it may be printed: without control characters."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def lines_of(document: dict[str, Any]) -> list[str]:
@@ -64,6 +81,10 @@ def lines_of(document: dict[str, Any]) -> list[str]:
         if "problem" in labels:
             lines.append(labels["problem"])
     return lines
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
 def _listed(counts: dict[str, int]) -> str:

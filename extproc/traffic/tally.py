@@ -13,10 +13,16 @@ UNKNOWN = "unknown"
 NO_ANSWER, ABANDONED = "no answer", "abandoned"
 """Statuses that are no number; what is abandoned was stopped before its answer came."""
 
+SUCCESS = range(200, 300)
+"""Statuses that are no error: nothing is asked that a model should refuse."""
+
 
 @dataclass(slots=True)
 class Group:
-    """Answers of one cohort. `judged` are those with a prediction, `correct` those that saw the digit that it is."""
+    """Answers of one cohort; `errors` those of any status but a SUCCESS.
+
+    `judged` are those with a prediction, `correct` those that saw the digit that it is.
+    """
 
     requests: int = 0
     errors: int = 0
@@ -52,6 +58,11 @@ class Tally:
         """Requests that had an answer, whatever it was."""
         return sum(group.requests for group in self.cohorts.values())
 
+    @property
+    def errors(self) -> int:
+        """Answers that were errors, and requests that had no answer. What was abandoned is neither."""
+        return sum(group.errors for group in self.cohorts.values()) + self.statuses[NO_ANSWER]
+
     def unanswered(self, status: str, problem: str) -> None:
         """A request that was sent and not answered."""
         self.statuses[status] += 1
@@ -63,7 +74,7 @@ class Tally:
         self.versions[version] += 1
         group = self.cohorts.setdefault(cohort, Group())
         group.requests += 1
-        group.errors += status >= 500
+        group.errors += status not in SUCCESS
         group.judged += correct is not None
         group.correct += correct is True
         group.latency.add(ms)
@@ -74,6 +85,7 @@ class Tally:
         return {
             "sent": self.sent,
             "answered": self.answered,
+            "errors": self.errors,
             "skipped": self.skipped,
             "behind_ms": round(self.behind_s * 1000, 1),
             "statuses": dict(sorted(self.statuses.items())),

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import os
 import signal
 import socket
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,13 +17,18 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from rich.console import Console
 
+from extproc.core.heavyhitters import HEAVY_SHARE, HeavyHitters
 from extproc.core.kpis import Kpis, Served
 from extproc.outcomesapi import outcome_routes
 from extproc.traffic import labels as labels_module
 from extproc.traffic import running, sending
 from extproc.traffic.arrivals import Crowd, arrivals
+from extproc.traffic.command import USERS, ZIPF
 from extproc.traffic.digits import FILE, load_digits
+from extproc.traffic.showing import line_of, print_summary
+from extproc.traffic.tally import Tally
 
 ROOT = Path(__file__).parents[2]
 TRUTH = {digit.body: digit.label for digit in load_digits()}
@@ -157,6 +164,23 @@ def test_users_are_as_busy_as_zipf_says_and_requests_as_frequent_as_the_rate():
     )
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_users_of_the_defaults_are_busy_and_quiet_and_none_looks_like_no_person(seed):
+    """Counted as serve does, who is alerted of one that sends more than 5 %."""
+    heavy, asked, second, shares = HeavyHitters(), Counter(), 0, []
+    everybody = Counter()
+    for arrival in islice(arrivals(Crowd(users=USERS, zipf=ZIPF, rate=50, digits=1, seed=seed)), 10_000):
+        if arrival.due_s > second + 1:
+            heavy.add({int(user.removeprefix("user-")): n for user, n in asked.items()}, second)
+            shares += [share for _, share in [heavy.heaviest() or (0, 0.0)]]
+            everybody += asked
+            asked, second = Counter(), second + 1
+        asked[arrival.user] += 1
+    assert 0.01 < max(shares) < 0.8 * HEAVY_SHARE
+    tenth = sum(n for _, n in everybody.most_common(USERS // 10))
+    assert tenth > 0.4 * everybody.total()
+
+
 # --- what is summed up ---
 
 
@@ -173,7 +197,7 @@ async def test_the_summary_is_what_the_listener_saw_and_control_was_told(listene
     assert found["labels"] == told | {"unsent": 0}
     sums = {key.arm: (moments.n, moments.sum) for key, moments in listener.kpis.totals().items()}
     assert sums == {"stable": (seen["stable"], seen["stable"]), "canary": (seen["canary"], 0)}
-    wanted = list(islice(arrivals(Crowd(users=20, zipf=1.1, rate=2000, digits=599, seed=7)), 300))
+    wanted = list(islice(arrivals(Crowd(users=20, zipf=ZIPF, rate=2000, digits=599, seed=7)), 300))
     assert Counter(user for user, *_ in listener.requests) == Counter(arrival.user for arrival in wanted)
 
 
@@ -181,6 +205,7 @@ async def test_people_get_a_table_and_nothing_on_stderr(listener):
     where = ("--url", listener.url, "--control", listener.control_url, "--label-delay", 0)
     code, out, err = await ended(await start(*where, "--requests", 50, "--rate", 1000))
     assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line != line.rstrip()] == []
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][:2] == ["cohort", "requests"]
     assert {row[0]: row[-1] for row in rows[1:3]} == {"canary": "0.0%", "stable": "100.0%"}
@@ -209,13 +234,14 @@ async def test_answers_of_every_kind_are_counted_as_what_they_are(listener):
                 return web.Response(status=404, headers=headers)
 
     listener.answer = answer
-    found = await traffic(listener, "--requests", 100, "--rate", 1000)
+    found = await traffic(listener, "--requests", 100, "--rate", 1000, "--max-errors", 60)
     assert found["statuses"] == {"200": 40, "404": 20, "500": 20, "no answer": 20}
     assert sum(found["problems"].values()) == 20
     assert found["cohorts"]["unknown"]["requests"] == 20
     assert found["cohorts"]["unknown"]["accuracy"] is None
     known = [found["cohorts"][cohort] for cohort in ("stable", "canary")]
-    assert sum(row["errors"] for row in known) == 20
+    assert sum(row["errors"] for row in known) == 40
+    assert found["errors"] == 60
     assert sum(row["judged"] for row in known) == sum(row["correct"] for row in known) == 20
     assert (found["answered"], found["labels"]["joined"]) == (80, 20)
 
@@ -389,6 +415,49 @@ async def test_a_listener_that_never_answers_is_exit_1_with_a_summary(listener):
     assert json.loads(out)["statuses"] == {"no answer": 5}
 
 
+async def test_a_model_that_nobody_knows_is_as_many_errors_in_the_table_as_in_the_bar_and_exit_1(listener):
+    where = ("--url", listener.url, "--no-labels", "--requests", 20, "--rate", 1000, "--model", "nobody")
+    code, out, err = await ended(await start(*where))
+    assert (code, err) == (1, "perch: 20 of 20 requests were errors, more than 50 %\n")
+    rows = {row[0]: row for row in map(str.split, out.splitlines())}
+    assert rows["unknown"][:4] == ["unknown", "20", "100.0%", "20"]
+    shown = []
+    plan = replace(plan_of(listener, requests=20), url=f"{listener.url}/v2/models/nobody/infer")
+    await running.run(plan, asyncio.Event(), lambda _seconds, tally, _text: shown.append(line_of(tally)))
+    assert shown[-1] == "20 sent, 0.0% by canary, 20 errors"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"), [((), 0), (("--max-errors", 20), 0), (("--max-errors", 19.9), 1), (("--max-errors", 0), 1)]
+)
+async def test_how_many_errors_are_a_failure_can_be_chosen(listener, options, code):
+    """Of ten requests one is refused and one has no answer; both are rows of the table."""
+    answer = listener.answer
+
+    async def one_of_each(request, *rest):
+        if len(listener.requests) == 3:
+            return web.Response(status=404, headers={"x-model-cohort": "stable"})
+        if len(listener.requests) == 6:
+            request.transport.close()
+        return await answer(request, *rest)
+
+    listener.answer = one_of_each
+    where = ("--url", listener.url, "--no-labels", "--requests", 10, "--rate", 20, "--connections", 1, *options)
+    found, out, err = await ended(await start(*where))
+    assert (found, bool(err)) == (code, bool(code))
+    table = out.partition(" sent in ")[0].splitlines()[1:-1]
+    rows = [line.rsplit(maxsplit=7) for line in table]
+    assert {row[0]: row[3] for row in rows if row[3] != "0"} == {"stable": "1", "no answer": "1"}
+
+
+def test_what_a_server_says_cannot_draw_on_the_terminal():
+    tally, out = Tally(sent=1), io.StringIO()
+    tally.answer(200, "[bold]x[/bold]", "\x1b[2J[red]v", 1.0, None)
+    print_summary({"seconds": 1.0, **tally.plain()}, Console(file=out, force_terminal=True, color_system="truecolor"))
+    assert "[bold]x[/bold]" in out.getvalue()
+    assert "versions: \ufffd[2J[red]v 1" in out.getvalue()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_ctrl_c_sums_up_also_what_was_under_way(listener, number):
     """Every connection is held by a request that hangs before it is stopped, so that nothing else is under way."""
@@ -418,6 +487,7 @@ async def test_ctrl_c_sums_up_also_what_was_under_way(listener, number):
 @pytest.mark.parametrize("options", [
     ("--rate", "nan"), ("--rate", "inf"), ("--rate", "0"), ("--seconds", "inf"), ("--users", "0"), ("--zipf", "-1"),
     ("--zipf", "nan"), ("--label-delay", "nan"), ("--requests", "0"), ("--connections", "0"), ("--seed", "x"),
+    ("--max-errors", "nan"), ("--max-errors", "101"),
 ])  # fmt: skip
 async def test_a_number_that_is_none_is_a_mistake_of_use(options):
     code, out, err = await ended(await start(*options))
