@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -30,6 +30,8 @@ ARTIFACTS = ROOT / "model_servers" / "artifacts" / "digits"
 DEADLINE_S = 90.0
 SALT = "digits-2026-11"
 TOKEN = "a token for the compose tests"
+TRIES = 5
+LATE = "http.edge.ext_proc.perch."
 CLUSTERS = ("perch", "digits_stable", "digits_canary")
 
 
@@ -236,6 +238,52 @@ class Stack:
         connection.close()
         assert [one for one in answers if one.status != 200] == []
         return {one.user: one.arm for one in answers}
+
+    def lateness(self) -> Counter[str]:
+        """How often Envoy let a request pass without an answer from perch, and how often perch ran out of time."""
+        names = [f"{LATE}{name}" for name in ("failure_mode_allowed", "message_timeouts")]
+        found: Counter[str] = until(lambda: self.counters("^({})$".format("|".join(names))), "Envoy's counters")
+        assert set(found) == set(names)
+        return found
+
+    def late_since(self, before: Counter[str]) -> int:
+        """How many requests Envoy has sent to stable because the machine was so busy that perch was late.
+
+        None where perch ran out of time for no request: then it was something else, which is no excuse.
+        """
+        now = self.lateness()
+        grown = {name.removeprefix(LATE): now[name] - before[name] for name in now}
+        return grown["failure_mode_allowed"] if grown["message_timeouts"] else 0
+
+    def infer_in_time(self, user: str) -> Answer:
+        """One inference by one user about whom perch was heard: asked again where perch was late for Envoy."""
+        for _ in range(TRIES):
+            before = self.lateness()
+            answer = self.infer(user)
+            if not self.late_since(before):
+                return answer
+            self.until_settled()
+        raise AssertionError(f"perch was late {TRIES} times")
+
+    def assert_served(self, wanted: dict[str, str]) -> None:
+        """Asks for every user once, in their order: each must get the wanted arm.
+
+        Of canary's users no more may be on stable than perch was late with, and they are asked again.
+        """
+        for _ in range(TRIES):
+            before = self.lateness()
+            astray = {user: arm for user, arm in self.arms(wanted).items() if arm != wanted[user]}
+            self.assert_excused(set(astray.items()), before)
+            if not astray:
+                return
+            wanted = {user: wanted[user] for user in astray}
+            self.until_settled()
+        raise AssertionError(f"perch was late {TRIES} times, at last for {sorted(wanted)}")
+
+    def assert_excused(self, astray: Collection[tuple[str, str | None]], before: Counter[str]) -> None:
+        """All who got another arm than theirs got stable, and perch was late with as many requests."""
+        assert {arm for _, arm in astray} <= {"stable"}, astray
+        assert len(astray) <= (late := self.late_since(before)), f"perch was late with {late}: {astray}"
 
     def get(self, path: str, **request: Any) -> tuple[int, str]:
         """Status and body of the control API; status 0 while nobody answers."""

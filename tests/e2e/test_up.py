@@ -1,11 +1,13 @@
 """`perch up` itself: how it starts, what it says, how it ends, and what it keeps from one run to the next."""
 
+import contextlib
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ CANARY_USER = "user-6"  # bucket 2879 under the shipped salt: on canary at 5 %
 async def test_the_gate_holds_a_cold_canary_and_closes_on_a_lost_one_and_a_restart_remembers(tools):
     with tools.folder() as place, tools.standing_in(place / "late-stable.sock", "stable"):
         models, flags = tools.stood_in(place, "late"), tools.flag_file(late=5)
+        missed: list[int] = []
         with tools.running(models, flags, start=False) as system:
             async with tools.client_of(system) as client:
                 system.begin()
@@ -24,22 +27,48 @@ async def test_the_gate_holds_a_cold_canary_and_closes_on_a_lost_one_and_a_resta
                 assert explained(system) == ("stable", "HELD")
                 assert system.get(system.control_port, "/readyz") == (503, "the canary of late is not warm\n")
                 assert "curl" not in system.output
-                with tools.standing_in(place / "late-canary.sock", "canary"):
+                with tools.standing_in(place / "late-canary.sock", "canary"), well(tools, system, missed):
                     await is_open(tools, system, client)
                     tools.until(lambda: "curl" in system.output, "the table")
-                    assert explained(system) == ("canary", "SPLIT")
+                    tools.until(lambda: explained(system) == ("canary", "SPLIT"), "explain to say so")
                 await is_held(tools, system, client)
                 with tools.standing_in(place / "late-canary.sock", "canary") as canary:
-                    await is_open(tools, system, client)
+                    with well(tools, system, missed):
+                        await is_open(tools, system, client)
                     canary.send_signal(signal.SIGUSR1)  # answers, but says that it is not ready
                     tools.until(lambda: not system.healthy()["late_canary"], "Envoy to notice")
                     await is_held(tools, system, client)
-                    assert system.events("canary_lost") == ["late: lost its canary twice within five minutes"]
                     tools.until(lambda: "late: lost its canary twice" in system.output, "the line of the event")
-                    canary.send_signal(signal.SIGUSR2)
-                    await is_open(tools, system, client)
-                    assert (len(system.events("canary_warm")), len(system.events("canary_cold"))) == (3, 2)
+                    with well(tools, system, missed):
+                        canary.send_signal(signal.SIGUSR2)
+                        await is_open(tools, system, client)
+                    assert_told(system, missed)
                     await restarted_it_remembers(tools, system, client)
+
+
+@contextlib.contextmanager
+def well(tools: Any, system: Any, missed: list[int]) -> Iterator[None]:
+    """Inside, the canary is well, or gets well. Adds how many of Envoy's health checks failed for all that.
+
+    The machine may be so busy that the stand-in does not come to answer, and two such checks are a canary that is gone.
+    """
+
+    def failed() -> int:
+        name = "cluster.late_canary.health_check.failure"
+        found: dict[str, int] = tools.until(lambda: system.counters(f"^{name}$"), "Envoy's counters")
+        return found[name]
+
+    before = failed()
+    yield
+    missed.append(failed() - before)
+
+
+def assert_told(system: Any, missed: list[int]) -> None:
+    """Each of three times warm and two times cold has its event; more of them only where health checks were missed."""
+    warm, cold = len(system.events("canary_warm")), len(system.events("canary_cold"))
+    assert 0 <= cold - 2 <= sum(checks // 2 for checks in missed)
+    assert warm == cold + 1
+    assert system.events("canary_lost") == ["late: lost its canary twice within five minutes"] * (cold // 2)
 
 
 async def restarted_it_remembers(tools: Any, system: Any, client: Any) -> None:
@@ -49,11 +78,10 @@ async def restarted_it_remembers(tools: Any, system: Any, client: Any) -> None:
     system.flags.write_text("version: 1\nflags: {late: {canary: much}}\n")
     system.start()
     await client.until(CANARY_USER, "200 canary", model="late")
-    after = system.status()["flags"]["late"]
-    assert after["effective_percent"] == before["effective_percent"] == 5
-    assert digest_of(after) == digest_of(before)
+    tools.until(lambda: numbers(system) == (False, 5, 5, 1), "the percentage of before")
+    assert digest_of(system.status()["flags"]["late"]) == digest_of(before)
     for line in ("flags rejected: ", "last good: "):
-        assert line in system.output
+        tools.until(lambda line=line: line in system.output, line)
 
 
 async def is_held(tools: Any, system: Any, client: Any) -> None:
@@ -99,9 +127,8 @@ def one_of_each(tools: Any) -> dict[str, Any]:
 
 def test_what_happens_is_told_in_a_line_each_and_ctrl_c_stops_envoy_first(tools):
     with tools.running(one_of_each(tools)) as system:
-        assert re.search(
-            r"control +digits: 1 of 1 canary servers ready; its share of users is sent there\n", system.output
-        )
+        warm = re.compile(r"control +digits: 1 of 1 canary servers ready; its share of users is sent there\n")
+        tools.until(lambda: warm.search(system.output), "the line that `perch up` passes on")
         for address in (system.port, system.control_port, system.admin_port):
             assert f"http://127.0.0.1:{address}" in system.output
         table_ends = len(system.output)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -42,10 +43,12 @@ async def until(condition: Callable[[], Any]) -> Any:
 def patient(text: str) -> str:
     """A busy machine may keep what is in this process from answering in time, and Envoy would go on without it.
 
-    The decider and the model servers fail a health check by what they say, or by refusing it, and not by being late.
+    The decider and the model servers fail a health check by what they say, or by refusing it, and not by being late;
+    and no connection is taken for dead because a ping was answered late.
     """
     text = text.replace('message_timeout: "0.5s"', 'message_timeout: "10s"')
-    return text.replace('health_checks:\n  - timeout: "0.5s"', 'health_checks:\n  - timeout: "10s"')
+    text = text.replace('health_checks:\n  - timeout: "0.5s"', 'health_checks:\n  - timeout: "10s"')
+    return re.sub(r'(connection_keepalive:\s+interval: "10s"\s+timeout: )"1s"', r'\1"20s"', text)
 
 
 @dataclass
