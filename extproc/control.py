@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
@@ -294,8 +294,8 @@ class Control:
     def _measured(self, key: str) -> dict[str, Any]:
         """What was measured of a flag's requests; a key only once there is something behind it."""
         found = {**self._decided(key), **cohorts_of(self.telemetry, key)}
-        difference = self.reconciler.found.differences.get(key)
-        return found if difference is None else {**found, "reconciliation": asdict(difference)}
+        reconciliation = self.reconciler.status(key)
+        return found if reconciliation is None else {**found, "reconciliation": reconciliation}
 
     def _log_status(self) -> dict[str, Any]:
         """What came over the access log, and from whom."""

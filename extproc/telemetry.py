@@ -11,9 +11,9 @@ from operator import itemgetter
 from extproc.core.flags import Exposures, Flag
 from extproc.core.kpis import Kpis, Reported, Result, Served, unit_prefixes
 from extproc.core.kpis import Lane as KpiLane
+from extproc.core.logcounts import LogCounts, LogLane
 from extproc.core.outcomes import Assignment, Outcome
 from extproc.core.predictions import Kind
-from extproc.core.reconcile import LogCounts, LogLane
 from extproc.core.windows import Lane as WindowLane
 from extproc.core.windows import Windows, stratum_of
 

@@ -7,118 +7,28 @@ Without traffic during the comparison it is exact.
 
 The log is compared as of an instant that lies two flush intervals back, when all it had to say of it has arrived;
 Envoy's counters are read just before that instant and just after it.
+
+There are two comparisons, each blind where the other sees: serve's decisions with the log, and Envoy's counters with
+the log. A process of serve that began or fell silent leaves it open what it decided last, an Envoy that began again
+what the one before it counted last: then only that comparison starts anew, and what it had found is kept.
 """
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from math import inf
-from typing import NamedTuple
 
-from extproc.core.outcomes import Outcome
+from extproc.core.logcounts import Logged
 
+EVERY_S = 10.0
+"""Seconds between two comparisons."""
+RECENT_S = 300.0
+"""An alert tells of what was found in so many seconds, and ends with them."""
 ALERT_SHARE = 0.001
 """Share of the requests from which a difference is an alert, if it is ALERT_LEAST at least."""
 ALERT_LEAST = 10
 _SAME_S = 2.0
 """Envoy tells its age in whole seconds; one that began at another time than this is another one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """What the access log said.
-
-    By flag: `assigned` requests with a decision, `mismatched` ones that went elsewhere than decided. By model: `served`
-    requests that a model server answered, `answered` the same with probes, `attempts` to have one answer, with or
-    without success and probes too, `undecided` requests without a decision, for whatever reason.
-    """
-
-    assigned: Mapping[str, int] = field(default_factory=dict)
-    mismatched: Mapping[str, int] = field(default_factory=dict)
-    served: Mapping[str, int] = field(default_factory=dict)
-    answered: Mapping[str, int] = field(default_factory=dict)
-    attempts: Mapping[str, int] = field(default_factory=dict)
-    undecided: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Entries:
-    """Entries of one kind: how many, and the attempts that they took."""
-
-    n: int = 0
-    attempts: int = 0
-
-
-class _Kind(NamedTuple):
-    """What is counted apart. `flag` is None for an entry without a decision."""
-
-    flag: str | None
-    model: str
-    served: bool
-    inference: bool
-    mismatched: bool
-
-
-@dataclass(slots=True)
-class LogLane:
-    """Entries of one kind, those of before the cut and those of after it."""
-
-    kind: _Kind
-    until: _Entries = field(default_factory=_Entries)
-    after: _Entries = field(default_factory=_Entries)
-
-
-@dataclass(slots=True)
-class LogCounts:
-    """Running counts of the log, which can be read as of an instant: what ended after it is kept apart."""
-
-    _cut_s: float = inf
-    _lanes: dict[_Kind, LogLane] = field(default_factory=dict)
-
-    def lane(self, outcome: Outcome) -> LogLane:
-        """Where entries are counted that differ from this one in nothing but id, status, times and attempts."""
-        flag = None if outcome.assignment is None else outcome.assignment.flag
-        kind = _Kind(flag, outcome.model, bool(outcome.served), outcome.inference, outcome.mismatched)
-        return self._lanes.get(kind) or self._lanes.setdefault(kind, LogLane(kind))
-
-    def add(self, lane: LogLane, outcome: Outcome) -> None:
-        """Counts one entry of the log in its lane."""
-        entries = lane.until if outcome.ended_s <= self._cut_s else lane.after
-        entries.n += 1
-        entries.attempts += outcome.attempts
-
-    def cut(self, now_s: float) -> None:
-        """Begins to keep apart what ends after this instant, on Envoy's clock."""
-        self.join()
-        self._cut_s = now_s
-
-    def join(self) -> None:
-        """Ends it: everything counts again."""
-        for lane in self._lanes.values():
-            until, after = lane.until, lane.after
-            until.n += after.n
-            until.attempts += after.attempts
-            lane.after = _Entries()
-        self._cut_s = inf
-
-    def logged(self, server: str = "") -> Logged:
-        """The counts as of the cut. `server` is the model whose stable answers for the server as a whole."""
-        parts: dict[str, dict[str, int]] = {}
-
-        def count(name: str, of: str, n: int) -> None:
-            part = parts.setdefault(name, {})
-            part[of] = part.get(of, 0) + n
-
-        for kind, lane in self._lanes.items():
-            entries, model = lane.until, kind.model or server
-            count("served", model, entries.n if kind.served and kind.inference else 0)
-            count("answered", model, entries.n if kind.served else 0)
-            count("attempts", model, entries.attempts)
-            if kind.flag is None:
-                count("undecided", model, entries.n if kind.inference else 0)
-            else:
-                count("assigned", kind.flag, entries.n)
-                count("mismatched", kind.flag, entries.n if kind.mismatched else 0)
-        return Logged(**parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +48,15 @@ class Evidence:
     """All that one comparison needs.
 
     `decided` are the decisions by flag that were known at its instant, `later` those known when the log had settled;
-    `processes` names the processes that reported theirs before it and again after it. `before` and `after` are Envoy's
-    counters around the instant, None for an Envoy that did not answer.
+    `processes` names the processes that reported theirs before it and again after it. `least` and `most` are what the
+    log may have said as of the instant, `before` and `after` Envoy's counters around it, None for no answer.
     """
 
     decided: Mapping[str, int]
     later: Mapping[str, int]
     processes: frozenset[object]
-    logged: Logged
+    least: Logged
+    most: Logged
     before: Sent | None
     after: Sent | None
 
@@ -154,9 +65,10 @@ class Evidence:
 class Difference:
     """What one flag's reconciliation found, since the log has been read.
 
-    `decided` are decisions since then: what serve had decided before the first comparison is taken as it was logged.
+    `decided` are decisions since then: those that the log has, those that it owes, less those of nobody we know.
     `lost` are entries that the log owes; `surplus` entries that nobody we know of can have caused: another Envoy, or
-    another serve; `mismatched` requests that went elsewhere than decided, a fall-back to stable not among them.
+    another serve; `mismatched` requests that went elsewhere than decided, a fall-back to stable not among them;
+    `failed_open` those of the flag's model that got stable since ext_proc did not answer.
     """
 
     decided: int = 0
@@ -165,98 +77,161 @@ class Difference:
     lost: int = 0
     surplus: int = 0
     mismatched: int = 0
+    failed_open: int = 0
 
-    def alerts(self) -> tuple[str, ...]:
-        """What is beyond the threshold, as sentences."""
+    def since(self, before: "Difference") -> "Difference":
+        """What has come since then."""
+        return Difference(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+
+    def alerts(self) -> dict[str, str]:
+        """What is beyond the threshold, by its name here, as sentences; of what was found in RECENT_S seconds."""
         of = max(self.decided, self.assigned)
+        lately = f"of the last {RECENT_S / 60:.0f} minutes"
+        sentences = {
+            "lost": f"{self.lost} of {of} requests {lately} are missing in the access log; its numbers are incomplete",
+            "surplus": f"{self.surplus} requests {lately} are in the access log that no known process caused; "
+            "a second Envoy?",
+            "mismatched": f"{self.mismatched} of {of} requests {lately} were served by another arm than decided; "
+            "see Envoy's routes",
+            "failed_open": f"{self.failed_open} of {of + self.failed_open} requests {lately} got stable, as ext_proc "
+            "did not answer in time; is serve up?",
+        }
         least = max(ALERT_LEAST, ALERT_SHARE * of)
-        found = []
-        if self.lost >= least:
-            found.append(f"{self.lost} of {of} requests are missing in the access log; its numbers are incomplete")
-        if self.surplus >= least:
-            found.append(f"{self.surplus} requests in the access log that no known process caused; a second Envoy?")
-        if self.mismatched >= least:
-            found.append(
-                f"{self.mismatched} of {of} requests were served by another arm than decided; see Envoy's routes"
-            )
-        return tuple(found)
+        return {name: text for name, text in sentences.items() if getattr(self, name) >= least}
+
+
+@dataclass(slots=True)
+class Rises:
+    """How much a number has risen in all, while it is known only between two bounds. A fall does not make good for it.
+
+    Between an upper bound and a lower one that comes later it has risen by the second less the first, if not more.
+    Falls count once they are certain and as large as an alert, so that no jitter of the bounds adds up.
+    """
+
+    _kept: int = 0
+    _rise: int = 0
+    _low: float = inf
+
+    @property
+    def total(self) -> int:
+        """All that is certain."""
+        return self._kept + self._rise
+
+    def add(self, least: int, most: int) -> None:
+        """Takes the bounds of now."""
+        self._rise = int(max(self._rise, least - self._low))
+        if most <= self._low + self._rise - (ALERT_LEAST if self._rise else 0):
+            self.begin_again()
+            self._low = most
+
+    def begin_again(self) -> None:
+        """The number goes on from elsewhere."""
+        self._kept, self._rise, self._low = self.total, 0, inf
+
+
+@dataclass(slots=True)
+class _Sides:
+    """What one of the two comparisons found."""
+
+    lost: Rises = field(default_factory=Rises)
+    surplus: Rises = field(default_factory=Rises)
+
+    def begin_again(self) -> None:
+        self.lost.begin_again()
+        self.surplus.begin_again()
+
+
+@dataclass(slots=True)
+class _Balance:
+    """One flag: what serve's decisions and what Envoy's counters show, and the sums of the latest comparisons."""
+
+    latest: deque[Difference]
+    decided: _Sides = field(default_factory=_Sides)
+    sent: _Sides = field(default_factory=_Sides)
 
 
 @dataclass(slots=True)
 class Reconciliation:
-    """Compares again and again; `differences` are those of the last time, by flag.
+    """Compares again and again. Counting begins with the first comparison."""
 
-    Counting begins with the first comparison. When Envoy or a process of serve began or fell silent, the last that it
-    counted is not known: what was found until then is kept, and the comparison starts anew from here.
-    """
-
-    differences: dict[str, Difference] = field(default_factory=dict)
-    _kept: dict[str, Difference] = field(default_factory=dict)
-    _base: Evidence | None = None
+    _balances: dict[str, _Balance] = field(default_factory=dict)
     _last: Evidence | None = None
 
-    def compare(self, flags: Mapping[str, str], evidence: Evidence) -> None:
-        """Takes one comparison in. `flags` maps a flag to its model."""
-        if self._base is None or self._began_again(evidence):
-            self._kept, self._base = dict(self.differences), evidence
-        self._last = evidence
-        base = self._base
-        self.differences = {
-            flag: _sum(self._kept.get(flag, Difference()), _difference(flag, model, base, evidence))
-            for flag, model in flags.items()
-        }
+    @property
+    def differences(self) -> dict[str, Difference]:
+        """By flag, as of the last comparison."""
+        return {flag: balance.latest[-1] for flag, balance in self._balances.items()}
 
-    def _began_again(self, evidence: Evidence) -> bool:
-        last = self._last or self._base
-        if last is None:
+    def lately(self) -> dict[str, Difference]:
+        """By flag, what was found within RECENT_S seconds."""
+        return {flag: balance.latest[-1].since(balance.latest[0]) for flag, balance in self._balances.items()}
+
+    def compare(self, flags: Mapping[str, str], evidence: Evidence) -> bool:
+        """Takes one comparison in. `flags` maps a flag to its model. False if Envoy did not answer: that tells nothing."""
+        now, last = evidence, self._last
+        if now.before is None or now.after is None:
             return False
-        if evidence.processes != last.processes:
-            return True
-        return _another(last.before, evidence.before) or _another(last.after, evidence.after)
+        # What one process or one Envoy did in its last moments nobody has read.
+        anew = last is not None and now.processes != last.processes
+        restarted_within = _another(now.before, now.after)
+        restarted = restarted_within or (last is not None and _another(last.after, now.before))
+        self._balances = {flag: self._balances.get(flag) or _Balance(deque()) for flag in flags}
+        for flag, balance in self._balances.items():
+            if anew:
+                balance.decided.begin_again()
+            if restarted:
+                balance.sent.begin_again()
+            _compare_decided(balance.decided, flag, flags[flag], now, last)
+            if not restarted_within:
+                _compare_sent(balance.sent, flags[flag], now.before, now.after, now)
+            _sum_up(balance, flag, flags[flag], now.least, first=last is None)
+        self._last = now
+        return True
 
 
-def _another(last: Sent | None, now: Sent | None) -> bool:
-    """Whether the counters are not those of the Envoy that answered the last time."""
-    if last is None or now is None:
-        return (last is None) != (now is None)
+def _another(last: Sent | None, now: Sent) -> bool:
+    """Whether the counters are not those of the Envoy that answered before."""
+    if last is None:
+        return False
     restarted = abs(now.began_s - last.began_s) > _SAME_S
     return restarted or any(n > now.finished.get(model, 0) for model, n in last.finished.items())
 
 
-def _sum(kept: Difference, now: Difference) -> Difference:
-    """Losses add up over restarts; the other counts are the log's own, which go on."""
-    return Difference(
-        now.decided, now.assigned, now.served, kept.lost + now.lost, kept.surplus + now.surplus, now.mismatched
-    )
+def _compare_decided(sides: _Sides, flag: str, model: str, now: Evidence, last: Evidence | None) -> None:
+    """Serve's decisions with the log. Until they are reported, and while their requests are under way, they differ.
 
-
-def _difference(flag: str, model: str, base: Evidence, now: Evidence) -> Difference:
-    """One flag's difference since the base.
-
-    Requests that were under way at one of the two instants, or decided and not yet reported, are on one side of it in
-    one count and on the other side in another: of both readings that one is taken which makes the difference smaller.
+    A request without a decision in the log may have been decided all the same, in vain: Envoy no longer waited. The
+    decision may come to be known after its entry, so an entry excuses none of it before the next comparison.
     """
-
-    def grown(name: str, of: str) -> int:
-        return int(getattr(now.logged, name).get(of, 0) - getattr(base.logged, name).get(of, 0))
-
-    def growth(new: Mapping[str, int], old: Mapping[str, int], of: str) -> int:
-        return new.get(of, 0) - old.get(of, 0)
-
     under_way = now.before.under_way if now.before is not None else 0
-    was_under_way = base.before.under_way if base.before is not None else 0
-    assigned = grown("assigned", flag)
-    lost = growth(now.decided, base.later, flag) - assigned - grown("undecided", model)
-    surplus = assigned - growth(now.later, base.decided, flag)
-    if now.before is not None and base.after is not None:
-        lost = max(lost, growth(now.before.finished, base.after.finished, model) - grown("attempts", model))
-    if now.after is not None and base.before is not None:
-        surplus = max(surplus, grown("answered", model) - growth(now.after.finished, base.before.finished, model))
-    return Difference(
-        decided=base.logged.assigned.get(flag, 0) + growth(now.decided, base.decided, flag),
-        assigned=now.logged.assigned.get(flag, 0),
-        served=now.logged.served.get(model, 0),
-        lost=max(0, lost - under_way),
-        surplus=max(0, surplus - was_under_way),
-        mismatched=now.logged.mismatched.get(flag, 0),
+    least, most = now.least.assigned.get(flag, 0), now.most.assigned.get(flag, 0)
+    decided, later = now.decided.get(flag, 0), now.later.get(flag, 0)
+    before = last.least.undecided.get(model, 0) if last is not None else 0
+    sides.lost.add(decided - most - now.most.undecided.get(model, 0) - under_way, later - least - before)
+    sides.surplus.add(least - later, most - decided + under_way)
+
+
+def _compare_sent(sides: _Sides, model: str, before: Sent, after: Sent, now: Evidence) -> None:
+    """Envoy's counters with the log. What is under way may have finished an attempt; not every attempt was sent."""
+    least, most = now.least, now.most
+    sent, sent_later = before.finished.get(model, 0), after.finished.get(model, 0)
+    sides.lost.add(sent - most.attempts.get(model, 0) - before.under_way, sent_later - least.attempts.get(model, 0))
+    sides.surplus.add(least.answered.get(model, 0) - sent_later, most.answered.get(model, 0) - sent + before.under_way)
+
+
+def _sum_up(balance: _Balance, flag: str, model: str, logged: Logged, *, first: bool) -> None:
+    """Both comparisons count the same requests: the one that found more is nearer to the truth."""
+    assigned = logged.assigned.get(flag, 0)
+    decided, sent = balance.decided, balance.sent
+    found = Difference(
+        decided=assigned + decided.lost.total - decided.surplus.total,
+        assigned=assigned,
+        served=logged.served.get(model, 0),
+        lost=max(decided.lost.total, sent.lost.total),
+        surplus=max(decided.surplus.total, sent.surplus.total),
+        mismatched=logged.mismatched.get(flag, 0),
+        failed_open=logged.failed_open.get(model, 0),
     )
+    if not balance.latest:  # of a flag that is new nothing is known of before
+        balance.latest = deque([Difference() if first else found], maxlen=int(RECENT_S / EVERY_S) + 1)
+    balance.latest.append(found)
