@@ -1,15 +1,24 @@
 """The control API: what runs, whether it is ready, what Envoy counts. Reads only; knows nothing but its callables."""
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
+
+log = logging.getLogger("perch.api")
+"""For the server under the API: what its clients do wrong is a line each."""
 
 dumps = partial(json.dumps, indent=1)
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+MAX_REASON = 200
+
+UNREADABLE = (HttpProcessingError, web.RequestPayloadError)
+"""What reading a request raises that is no HTTP, or whose body is not in the encoding that it names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +70,23 @@ def make_api(sources: Sources) -> web.Application:
         ]
     )
     return app
+
+
+def reason_of(error: BaseException) -> str:
+    """Why reading a request failed, in one line: the server's message may have several, with bytes of the request."""
+    lines = (line.strip().rstrip(":") for line in str(error).splitlines())
+    return next((line[:MAX_REASON] for line in lines if line and not line.endswith("message")), type(error).__name__)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """A filter that takes the traceback away where the client is at fault; a fault of this program keeps its own."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UNREADABLE):
+        record.msg, record.args = "a request cannot be read: %s", (reason_of(error),)
+        record.levelno = min(record.levelno, logging.WARNING)
+        record.levelname = logging.getLevelName(record.levelno)
+        record.exc_info = record.exc_text = None
+    return True
+
+
+log.addFilter(_in_one_line)

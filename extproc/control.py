@@ -18,6 +18,7 @@ from aiohttp import web
 from extproc.accesslog import AccessLogService, StreamInfo
 from extproc.address import Address, TcpAddress, UnixAddress, parse_address
 from extproc.api import Sources, make_api
+from extproc.api import log as api_log
 from extproc.apitoken import TokenError, read_token, writing_needs
 from extproc.app import StartError, compile_with, envoy_settings, make_metrics, prefixes, until_stopped
 from extproc.cohorts import cohorts_of
@@ -394,13 +395,13 @@ async def listening(role: Control) -> AsyncIterator[None]:
         not_ready=role.controller.not_ready,
         envoy_stats=role.envoy_stats,
         metrics=role.request_metrics.prometheus,
-        routes=outcome_routes(role.report),
+        routes=outcome_routes(role.report, role.telemetry.kpis.refuse),
     )
     listen = role.settings.control_listen
     address = parse_address(listen, port_zero=True)
     api = make_api(sources)
     api.middlewares.append(writing_needs(api_token(role.settings), open_without=is_of_this_machine(address)))
-    runner = web.AppRunner(api, access_log=None)
+    runner = web.AppRunner(api, access_log=None, logger=api_log)
     await runner.setup()
     try:
         if isinstance(address, TcpAddress):

@@ -77,6 +77,7 @@ REQUEST_METRICS = (
     _request("kpi_count", Kind.COUNTER, (*_COHORT, "kpi"), "values reported and joined to who served"),
     _request("kpi_mean", Kind.GAUGE, (*_COHORT, "kpi"), "their mean"),
     _request("outcomes", Kind.COUNTER, ("result",), "reports: `joined`, `unknown`, `late`, `duplicates`, `refused`"),
+    _request("outcomes_pending", Kind.GAUGE, (), "reports that wait for their request; after ten seconds `unknown`"),
     _request("lost", Kind.GAUGE, ("flag",), "requests that the access log owes, at least"),
     _request("surplus", Kind.GAUGE, ("flag",), "requests in it that no known process caused, at least"),
     _request("log_entries", Kind.COUNTER, (), "entries of the access log that were read"),

@@ -2,6 +2,7 @@
 
 NDJSON is read line by line as it comes, in memory that does not grow with the body; an object or an array is read whole
 and may have MAX_BODY bytes. Each report is taken or refused for itself: an error in one says nothing about the others.
+Whatever is refused is counted once: by the store where that refuses it, else here, by `refuse`.
 """
 
 import asyncio
@@ -12,14 +13,19 @@ from typing import Any
 
 from aiohttp import StreamReader, web
 
+from extproc.api import UNREADABLE, reason_of
 from extproc.core.kpis import KpiError, Reported, Result, State, parse_reported
 
 Report = Callable[[Reported], Result]
+Refuse = Callable[[], None]
 
 MAX_BODY = 1 << 20
 MAX_LINE = 1 << 16
 MAX_ERRORS = 20
 """Errors told one by one; the rest is in `refused`."""
+
+STALL_S = 300.0
+"""A body of which nothing comes for this long has ended: its client hangs, or its chunks cannot be told apart."""
 
 TURN = 500
 """Reports taken before others get their turn on the loop: some five milliseconds."""
@@ -40,61 +46,96 @@ class TooLargeError(ValueError):
 
 @dataclass(slots=True)
 class Answer:
-    """What became of the reports of one body. `place` is what errors are numbered by: "line" or "index"."""
+    """What became of the reports of one body. `place` is what errors are numbered by: "line" or "index".
+
+    `broken` is the status for a body that has no end.
+    """
 
     report: Report
-    place: str
+    refuse: Refuse
+    place: str = "line"
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED.values(), 0))
     refused: int = 0
     errors: list[dict[str, Any]] = field(default_factory=list)
+    broken: int | None = None
 
     def take(self, number: int, data: Any) -> None:
         """One report as JSON gave it."""
         try:
-            state, reason = self.report(parse_reported(data))
+            reported = parse_reported(data)
         except KpiError as error:
-            self.refuse(number, str(error))
+            self.unreadable(number, str(error))
             return
+        state, reason = self.report(reported)
         if state is State.REFUSED:
-            self.refuse(number, reason)
+            self._tell(number, reason)
         else:
             self.counts[_COUNTED[state]] += 1
 
-    def refuse(self, number: int, reason: str) -> None:
-        """One report that is not taken."""
+    def unreadable(self, number: int, reason: str) -> None:
+        """One report that is none, so that the store never sees it."""
+        self.refuse()
+        self._tell(number, reason)
+
+    def _tell(self, number: int, reason: str) -> None:
         self.refused += 1
         if len(self.errors) < MAX_ERRORS:
             self.errors.append({self.place: number, "error": reason})
 
+    def break_off(self, reason: str, status: int) -> None:
+        """What follows cannot be read, however much it is: it counts as one. It is told behind all other errors."""
+        self.refuse()
+        self.refused += 1
+        self.broken = status
+        self.errors.append({"error": f"the body cannot be read to its end: {reason}"})
+
     def response(self) -> web.Response:
-        """200 if anything was understood; what was reported before or is late was."""
+        """200 if anything was understood, and the body had an end; what was reported before or is late was."""
         accepted = sum(self.counts.values())
         if not accepted and not self.refused:
             self.errors.append({"error": "the body holds no outcome"})
         body = {"accepted": accepted, **self.counts, "refused": self.refused, "errors": self.errors}
-        return web.json_response(body, status=200 if accepted else 400)
+        response = web.json_response(body, status=self.broken or (200 if accepted else 400))
+        if self.broken:
+            response.force_close()  # where the next request would begin is not known
+        return response
 
 
-def outcome_routes(report: Report) -> list[web.RouteDef]:
-    """The routes. `report` takes one report, at once; it belongs to the loop that serves them."""
+def outcome_routes(report: Report, refuse: Refuse) -> list[web.RouteDef]:
+    """The routes. They belong to the loop that serves them, as what they are given does.
+
+    `report` takes one report, at once, and counts it; `refuse` counts one that cannot be read.
+    """
 
     async def outcomes(request: web.Request) -> web.Response:
+        answer = Answer(report, refuse)
         try:
-            return (await answered(request.content, request.content_type, report)).response()
+            await take_body(request.content, request.content_type, answer)
         except TooLargeError as error:
+            refuse()
             return web.json_response({"error": str(error)}, status=413)
+        except TimeoutError:
+            answer.break_off(f"nothing came for {STALL_S:g} seconds", 408)
+        except (*UNREADABLE, OSError) as error:  # OSError: the client is gone, and the answer is for nobody
+            answer.break_off(reason_of(error), 400)
+        return answer.response()
 
     return [web.post("/v1/outcomes", outcomes)]
 
 
-async def answered(content: StreamReader, content_type: str, report: Report) -> Answer:
-    """Takes everything in a body. Raises TooLargeError; lines that were taken before stay taken."""
+async def take_body(content: StreamReader, content_type: str, answer: Answer) -> None:
+    """Takes everything in a body. What was taken before it raises stays taken and is in the answer.
+
+    Raises TooLargeError, and UNREADABLE or OSError, TimeoutError for one, where the body breaks off.
+    """
     if content_type in NDJSON:
-        return await _lines(report, b"", content)
+        await _lines(answer, b"", content)
+        return
     begun = await _first_line(content)
     if not begun.startswith(b"[") and _is_json(begun.partition(b"\n")[0]):
-        return await _lines(report, begun, content)
-    return await _whole(report, begun, content)
+        await _lines(answer, begun, content)
+    else:
+        await _whole(answer, begun, content)
 
 
 async def _first_line(content: StreamReader) -> bytes:
@@ -103,7 +144,7 @@ async def _first_line(content: StreamReader) -> bytes:
     What is empty before the first line is left out, of its number too.
     """
     begun = bytearray()
-    async for chunk in content.iter_any():
+    async for chunk in _chunks(b"", content):
         begun += chunk if begun else chunk.lstrip()
         if b"\n" in chunk and begun:
             break
@@ -112,28 +153,35 @@ async def _first_line(content: StreamReader) -> bytes:
     return bytes(begun)
 
 
-async def _lines(report: Report, begun: bytes, content: StreamReader) -> Answer:
+async def _lines(answer: Answer, begun: bytes, content: StreamReader) -> None:
     """Each line is one report. `begun` was read already."""
-    answer = Answer(report, "line")
     number = 0
     async for line in split_lines(begun, content):
         number += 1
         if number % TURN == 0:
             await asyncio.sleep(0)
         if line is None:
-            answer.refuse(number, f"longer than {MAX_LINE} bytes")
+            answer.unreadable(number, f"longer than {MAX_LINE} bytes")
         elif line.strip():
             _take_line(answer, number, line)
-    return answer
 
 
 def _take_line(answer: Answer, number: int, line: bytes) -> None:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
-        answer.refuse(number, f"not JSON: {error}")
+        answer.unreadable(number, _not_json(error))
     else:
         answer.take(number, data)
+
+
+def _not_json(error: Exception) -> str:
+    """Why. What the interpreter says of its own limits is for who runs it."""
+    if isinstance(error, RecursionError):
+        return "not JSON: nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeError):
+        return f"not JSON: {error}"
+    return "not JSON: a number has too many digits"
 
 
 async def split_lines(begun: bytes, content: StreamReader) -> AsyncIterator[bytes | None]:
@@ -157,13 +205,17 @@ async def split_lines(begun: bytes, content: StreamReader) -> AsyncIterator[byte
 async def _chunks(begun: bytes, content: StreamReader) -> AsyncIterator[bytes]:
     if begun:
         yield begun
-    async for chunk in content.iter_any():
+    while True:
+        async with asyncio.timeout(STALL_S):
+            chunk = await content.readany()
+        if not chunk:
+            break
         yield chunk
 
 
-async def _whole(report: Report, begun: bytes, content: StreamReader) -> Answer:
+async def _whole(answer: Answer, begun: bytes, content: StreamReader) -> None:
     body = bytearray(begun)
-    async for chunk in content.iter_any():
+    async for chunk in _chunks(b"", content):
         body += chunk
         if len(body) > MAX_BODY:
             break
@@ -172,19 +224,18 @@ async def _whole(report: Report, begun: bytes, content: StreamReader) -> Answer:
             f"a JSON body may have {MAX_BODY} bytes; send more as NDJSON, a line per outcome, "
             "with content-type application/x-ndjson"
         )
-    answer = Answer(report, "index")
+    answer.place = "index"
     if not body.strip():
-        return answer
+        return
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
-        answer.refuse(0, f"not JSON: {error}")
-        return answer
+        answer.unreadable(0, _not_json(error))
+        return
     for index, item in enumerate(data if isinstance(data, list) else [data]):
         if index % TURN == TURN - 1:
             await asyncio.sleep(0)
         answer.take(index, item)
-    return answer
 
 
 def _is_json(line: bytes) -> bool:

@@ -127,6 +127,7 @@ class RequestMetrics:
     def second(self, second: int, metrics: Metrics) -> None:
         """Ends a second: everything that happened in it goes to StatsD."""
         shown, _ = self.telemetry.windows.roll(second)
+        self.telemetry.kpis.advance(second)  # also where nothing comes: what waits in vain is settled in time
         self._recent.update({(key.flag, key.cohort): second for key in shown})
         self._recent = {cohort: last for cohort, last in self._recent.items() if second - last <= RECENT_S}
         self._find_drift({key.flag for key in shown})
@@ -216,6 +217,7 @@ class RequestMetrics:
         counts = self.telemetry.kpis.counts
         for result in ("joined", "unknown", "late", "duplicates", "refused"):
             yield Sample("request.outcomes", (result,), getattr(counts, result))
+        yield Sample("request.outcomes_pending", (), counts.pending)
         given_up = {
             **self.telemetry.windows.dropped,
             "kpi_requests": counts.pushed_out,

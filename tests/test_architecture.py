@@ -70,7 +70,7 @@ reconciling           | core envoyadmin                                         
 api                   |                                                               | aiohttp
 apitoken              |                                                               | aiohttp
 probe                 |                                                               |
-outcomesapi           | core                                                          | aiohttp
+outcomesapi           | api core                                                      | aiohttp
 client                |                                                               |
 explain               | core flagfile flagread                                        |
 planning              | core explain flagfile flagread                                |

@@ -214,7 +214,7 @@ class _Group(NamedTuple):
     judged: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Early:
     """A report that waits for its request. `places` are where it is found: one id, or one per split of the flag."""
 
@@ -246,7 +246,7 @@ class Kpis:
     _order: deque[int] = field(default_factory=deque)
     _known: set[int] = field(default_factory=set)
     _known_order: deque[int] = field(default_factory=deque)
-    _early: dict[int, list[_Early]] = field(default_factory=dict)
+    _early: dict[int, dict[_Early, None]] = field(default_factory=dict)
     _early_order: deque[_Early] = field(default_factory=deque)
     _names: dict[str, dict[str, str]] = field(default_factory=dict)
     _bins: dict[int, Cells] = field(default_factory=dict)
@@ -366,6 +366,10 @@ class Kpis:
                 pass  # counted where it happens, since the second becomes the first
         return result
 
+    def refuse(self) -> None:
+        """Counts a report that never becomes a Reported, because it cannot be read."""
+        self.counts.refused += 1
+
     def _report(self, reported: Reported, now_s: float) -> Result:
         flag = reported.flag
         if flag and flag not in self._prefixes:
@@ -403,7 +407,7 @@ class Kpis:
         early = _Early(now_s + self.pending_s, reported, identity, places)
         self._early_order.append(early)
         for place in places:
-            self._early.setdefault(place, []).append(early)
+            self._early.setdefault(place, {})[early] = None
         self.counts.pending += 1
         return Result(State.PENDING)
 
@@ -422,7 +426,7 @@ class Kpis:
         self.counts.pending -= 1
         for place in early.places:
             waiting = self._early[place]
-            waiting.remove(early)
+            del waiting[early]
             if not waiting:
                 del self._early[place]
 

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from extproc.core.bucketing import hash_unit
 from extproc.core.kpis import Kpis, Served, parse_reported
-from extproc.outcomesapi import MAX_BODY, outcome_routes
+from extproc.outcomesapi import MAX_BODY, STALL_S, outcome_routes
 
 PAGE = (Path(__file__).parents[2] / "docs" / "outcomes.md").read_text()
 BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", PAGE)
@@ -34,7 +34,7 @@ def kpis():
 async def url(kpis):
     """The API in front of it."""
     app = web.Application()
-    app.add_routes(outcome_routes(lambda reported: kpis.report(reported, 0.0)))
+    app.add_routes(outcome_routes(lambda reported: kpis.report(reported, 0.0), kpis.refuse))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -77,3 +77,4 @@ def test_the_page_has_every_field_and_the_limits_as_they_are():
     assert f"{store.capacity:,} requests, {store.window_s / 3600:.0f} hours" in PAGE
     assert store.pending_s == 10  # "ten seconds"
     assert f"above {MAX_BODY >> 20} MiB" in PAGE
+    assert STALL_S == 5 * 60  # "five minutes"

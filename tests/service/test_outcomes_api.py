@@ -12,8 +12,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
-from extproc.api import Sources, make_api
+from extproc import outcomesapi
+from extproc.api import Sources, log, make_api
 from extproc.core.bucketing import hash_unit
 from extproc.core.kpis import Kpis, Served
 from extproc.outcomesapi import MAX_BODY, MAX_LINE, TURN, outcome_routes
@@ -32,6 +34,11 @@ class Control:
             served = Served("digits", "", 0, "canary", "canary", hash_unit(b"d:", b"u-%d" % n), True, 0.0)
             self.kpis.remember(f"r-{n}", served, 0.0)
 
+    @property
+    def refused(self):
+        """What the metric shows as refused."""
+        return self.kpis.counts.refused
+
     def report(self, reported):
         """At the time of the test, which may watch."""
         result = self.kpis.report(reported, self.now_s)
@@ -48,8 +55,8 @@ class Control:
 async def listening(control):
     """The control API with nothing behind it but the store; its address."""
     required = [each.name for each in fields(Sources) if each.default is MISSING and each.default_factory is MISSING]
-    sources = Sources(**dict.fromkeys(required), routes=outcome_routes(control.report))
-    runner = web.AppRunner(make_api(sources), access_log=None, shutdown_timeout=1)
+    sources = Sources(**dict.fromkeys(required), routes=outcome_routes(control.report, control.kpis.refuse))
+    runner = web.AppRunner(make_api(sources), access_log=None, logger=log, shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
@@ -151,6 +158,7 @@ async def test_a_wrong_line_says_its_number_and_stops_nothing(control, post):
     wrong = b'{"request_id"\n' + lines(one(2, value="high"), one(3, flag="nope"), 7) + b"\xff\xfe\n"
     code, answer = await post(lines(one(0)) + b"\n" + wrong + lines(one(1)), NDJSON)
     assert (code, answer["accepted"], answer["refused"], control.n) == (200, 2, 5, 2)
+    assert control.refused == 5
     assert [(each["line"], each["error"].partition(":")[0]) for each in answer["errors"]] == [
         (3, "not JSON"),
         (4, "value"),
@@ -164,6 +172,7 @@ async def test_a_wrong_item_of_an_array_says_its_place(control, post):
     body = b"[" + json.dumps(one(0)).encode() + b', {"request_id": "r-1", "name": "a", "value": NaN}]'
     errors = [{"index": 1, "error": "value: nan is no finite number"}]
     assert await post(body) == (200, NOTHING | {"accepted": 1, "joined": 1, "refused": 1, "errors": errors})
+    assert control.refused == 1
 
 
 @pytest.mark.parametrize(("body", "content_type", "told"), [
@@ -173,8 +182,15 @@ async def test_a_wrong_item_of_an_array_says_its_place(control, post):
     (b"[]", "application/json", "the body holds no outcome"),
     (b"hello", "application/json", "not JSON: "),
     (b"hello", NDJSON, "not JSON: "),
-    (b"[" * 100_000, "application/json", "not JSON: "),
-    (b"1" * 10_000, NDJSON, "not JSON: "),
+    (b"[" * 100_000, "application/json", "not JSON: nested too deeply"),
+    (b"[" * 60_000, NDJSON, "not JSON: nested too deeply"),
+    (b"1" * 10_000, NDJSON, "not JSON: a number has too many digits"),
+    (b"[" + b"1" * 1_000_000 + b"]", "application/json", "not JSON: a number has too many digits"),
+    (json.dumps(one(value=10**4000)).encode(), NDJSON, "value: larger than 1e+12"),
+    (json.dumps(one(name="\ud800")).encode(), NDJSON, "name: expected letters"),
+    (json.dumps(one(request_id="\ud800")).encode(), NDJSON, "request_id: not encodable as UTF-8"),
+    (b"\xff\xfe", NDJSON + "; charset=no-such-thing", "not JSON: "),
+    (b'{"request_id": "r-0", "name": "a", "value": 1, "value": NaN}', NDJSON, "value: nan is no finite number"),
     (b'{"name": "a"', "application/json", "not JSON: "),
     (b"null", "application/json", "expected an object"),
     (json.dumps([[one(0)]]).encode(), "application/json", "expected an object"),
@@ -183,11 +199,18 @@ async def test_a_body_without_any_good_outcome_is_a_bad_request(control, post, b
     code, answer = await post(body, content_type)
     assert (code, answer["accepted"], control.n) == (400, 0, 0)
     assert answer["errors"][0]["error"].startswith(told)
+    assert control.refused == answer["refused"] == (told != "the body holds no outcome")
 
 
-async def test_only_the_first_errors_are_told_and_all_are_counted(post):
+async def test_only_the_first_errors_are_told_and_all_are_counted(control, post):
     code, answer = await post(b"x\n" * 1_000, NDJSON)
     assert (code, answer["refused"], len(answer["errors"])) == (400, 1_000, 20)
+    assert control.refused == 1_000
+
+
+async def test_what_the_store_refuses_is_counted_once(control, post):
+    assert (await post([one(0, flag="nope"), one(1, flag="wine")]))[1]["refused"] == 2
+    assert control.refused == 2
 
 
 async def test_a_line_that_is_too_long_is_refused_and_the_next_one_read(control, post):
@@ -195,6 +218,7 @@ async def test_a_line_that_is_too_long_is_refused_and_the_next_one_read(control,
     code, answer = await post(b"\n".join((json.dumps(one(0)).encode(), long, long * 3, lines(one(2)), long)), NDJSON)
     assert (code, control.n) == (200, 2)
     assert answer["errors"] == [{"line": n, "error": "longer than 65536 bytes"} for n in (2, 3, 6)]
+    assert control.refused == 3
 
 
 async def test_a_body_that_must_be_read_whole_is_refused_above_its_limit(control, post):
@@ -203,6 +227,7 @@ async def test_a_body_that_must_be_read_whole_is_refused_above_its_limit(control
         code, answer = await post(body)
         assert code == 413
         assert "send more as NDJSON" in answer["error"]
+    assert control.refused == 2
     code, answer = await post(b"[" + json.dumps(one(0)).encode() + b" " * (MAX_BODY - 200) + b"]")
     assert (code, control.n) == (200, 1)
 
@@ -235,6 +260,100 @@ async def test_what_was_taken_before_the_sender_died_stays_and_can_be_sent_again
     assert control.n == 4
     code, answer = await post(lines(*(one(n) for n in range(5))), NDJSON)
     assert (code, answer["duplicates"], answer["joined"]) == (200, 4, 1)
+
+
+GZIP, DEFLATE, BROTLI = ({"content-encoding": name} for name in ("gzip", "deflate", "br"))
+
+
+@pytest.mark.parametrize("encoding", [GZIP, DEFLATE, BROTLI])
+@pytest.mark.parametrize("content_type", ["application/json", NDJSON])
+async def test_a_body_that_is_not_in_its_encoding_is_a_bad_request_with_a_line_in_the_log(
+    control, post, caplog, content_type, encoding
+):
+    code, answer = await post(b"\xff\xff no compressed text", content_type, **encoding)
+    told = f"Can not decode content-encoding: {encoding['content-encoding']}"
+    errors = [{"error": f"the body cannot be read to its end: {told}"}]
+    assert (code, answer) == (400, NOTHING | {"refused": 1, "errors": errors})
+    assert control.refused == 1
+    await until(lambda: caplog.records)
+    assert [one.getMessage() for one in caplog.records] == [f"a request cannot be read: {told}"]
+    assert "Traceback" not in caplog.text
+
+
+async def test_what_stood_before_a_fault_of_the_encoding_stays_and_the_fault_is_told_though_it_was_accepted(
+    control, post
+):
+    whole = gzip.compress(lines(*(one(n) for n in range(10))))
+
+    async def spoiled():
+        yield whole
+        await until(lambda: control.n == 10)
+        yield b"no member of it"
+
+    code, answer = await post(spoiled(), NDJSON, **GZIP)
+    assert (code, answer["joined"], answer["refused"], control.refused) == (400, 10, 1, 1)
+    assert answer["errors"][0]["error"].startswith("the body cannot be read to its end: ")
+
+
+@pytest.mark.parametrize("cut", [1, 20])
+@pytest.mark.parametrize("head", [
+    b"content-type: application/x-ndjson\r\ncontent-length: 9999\r\n\r\n",
+    b"content-type: application/x-ndjson\r\ntransfer-encoding: chunked\r\n\r\n999\r\n",
+    b"content-type: application/json\r\ncontent-length: 9999\r\n\r\n",
+])  # fmt: skip
+async def test_a_client_that_goes_away_within_its_body_is_counted_and_leaves_no_traceback(
+    control, post, caplog, head, cut
+):
+    async with going_away(post.url) as (_, writer):
+        writer.write(b"POST /v1/outcomes HTTP/1.1\r\nhost: x\r\n" + head + lines(one(0), one(1), one(2))[:-cut])
+        await until(lambda: control.n >= 2)
+    await until(lambda: control.refused)
+    assert (control.n, control.refused) == (2, 1)
+    assert (await post(one(2)))[1]["joined"] == 1
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+async def test_a_client_that_goes_away_before_its_first_line_is_counted_too(control, post, caplog):
+    async with going_away(post.url) as (reader, writer):
+        writer.write(b"POST /v1/outcomes HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n")
+        assert b"100 Continue" in await reader.readline()  # the handler begins
+    await until(lambda: control.refused == 1)
+    assert (control.n, caplog.records) == (0, [])
+
+
+@pytest.mark.parametrize("after", [b"", b"no length\r\n"])
+async def test_a_body_that_stalls_or_loses_its_chunks_ends_with_what_came_before(control, post, monkeypatch, after):
+    monkeypatch.setattr(outcomesapi, "STALL_S", 0.5)
+    first = lines(one(0))
+    async with going_away(post.url) as (reader, writer):
+        head = b"POST /v1/outcomes HTTP/1.1\r\nhost: x\r\ncontent-type: application/x-ndjson\r\n"
+        writer.write(head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(first), first))
+        await until(lambda: control.n == 1)
+        writer.write(after)
+        assert b"408" in await asyncio.wait_for(reader.readline(), 30)  # as one that says: send it again
+        answer = await asyncio.wait_for(reader.readuntil(b"}]}"), 30)
+    assert b'"joined": 1' in answer
+    assert b"the body cannot be read to its end: nothing came for 0.5 seconds" in answer
+    assert control.refused == 1
+
+
+@contextlib.asynccontextmanager
+async def going_away(url):
+    """A connection to the API for bytes as they are, reset at the end."""
+    reader, writer = await asyncio.open_connection(URL(url).host, URL(url).port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def until(condition):
+    """Waits for something that other tasks do."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110  the server signals none of it
+            await asyncio.sleep(0.001)
 
 
 def rss():

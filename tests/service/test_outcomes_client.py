@@ -88,7 +88,7 @@ async def test_reports_arrive_at_the_real_api_and_are_joined():
     for n in range(3):
         kpis.remember(f"r-{n}", Served("digits", "", 0, "canary", "canary", hash_unit(b"d:", b"u"), True, 0.0), 0.0)
     app = web.Application()
-    app.add_routes(outcome_routes(lambda reported: kpis.report(reported, 0.0)))
+    app.add_routes(outcome_routes(lambda reported: kpis.report(reported, 0.0), kpis.refuse))
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -377,6 +377,7 @@ def test_the_log_and_the_reconciliation_are_told_without_any_traffic(bench):
     assert heard.counters == {("request.log_entries",): 7, ("request.log_unreadable",): 3}
     assert heard.gauges == {
         ("request.log_streams",): 3,
+        ("request.outcomes_pending",): 0,
         ("request.lost", "digits"): 4,
         ("request.surplus", "digits"): 5,
     }

@@ -92,7 +92,7 @@ async def listener():
         return await played.control(request, handler)
 
     control = web.Application(middlewares=[failing])
-    control.add_routes(outcome_routes(lambda reported: played.kpis.report(reported, 0.0)))
+    control.add_routes(outcome_routes(lambda reported: played.kpis.report(reported, 0.0), played.kpis.refuse))
     async with serving(envoy) as played.url, serving(control) as played.control_url:
         yield played
 
