@@ -45,9 +45,13 @@ from extproc.requestmetrics import RequestMetrics
 from extproc.settings import Settings
 from extproc.statefiles import Journal, read_or_none, write_atomically
 from extproc.telemetry import Steps, Telemetry
+from extproc.watch import signature
 from extproc.wire.outcomes import Batch
 
 LOOK_EVERY_S = 0.5
+UNKEPT_LOOKS = 6
+"""Serve reads a new flag file when control does, and keeps it in its own time: within three seconds."""
+
 ENVOY_COUNTERS = (
     "^(http.edge.ext_proc.perch.(streams_started|failure_mode_allowed|message_timeouts|rejected_header_mutations"
     "|clear_route_cache_ignored)|cluster.perch.upstream_rq_total)$"
@@ -76,7 +80,7 @@ def kept_exposures(paths: Paths, version: str) -> Exposures | None:
     if not re.fullmatch(r"[0-9a-f]{12}\.[0-9]{1,18}", version):
         return None
     try:
-        content = read_or_none(paths.rulesets / f"{version}.json", MAX_BYTES)
+        content = read_or_none(paths.kept(version), MAX_BYTES)
         return None if content is None else parse_exposures(json.loads(content))
     except (OSError, ValueError, RecursionError):
         return None
@@ -132,6 +136,7 @@ class Control:
     access_log: AccessLogService = field(init=False)
     reconciler: Reconciler = field(init=False)
     request_metrics: RequestMetrics = field(init=False)
+    _unkept: int = field(default=0, init=False)
     _envoy_problem: str = field(default="", init=False)
     _envoy_seen: bool = field(default=False, init=False)
 
@@ -245,6 +250,7 @@ class Control:
             before = self.controller.exposures
             self.controller.tick(time.monotonic(), view)
             self.audit.write()
+            self._look_at_kept()
             if self.controller.exposures is not before:
                 self.telemetry.take_exposures(self.controller.exposures)
             for model in self.models:
@@ -286,11 +292,21 @@ class Control:
         }
 
     def _unwritten(self) -> list[str]:
-        """Events that are not in the audit file, a line if there are any."""
+        """What is not in the state folder, a line each: events in the audit file, what serve serves."""
         audit = self.audit
         waiting = "1 event waits" if audit.waiting == 1 else f"{audit.waiting} events wait"
         lost = f", {audit.lost} before are lost" if audit.lost else ""
-        return [f"not written: {audit.problem}; {waiting} for it{lost}"] if audit.problem else []
+        alerts = [f"not written: {audit.problem}; {waiting} for it{lost}"] if audit.problem else []
+        if self._unkept > UNKEPT_LOOKS:
+            kept = Paths(self.settings.flags, self.settings.state).kept(self.controller.version)
+            alerts.append(f"not written: {kept}; serve serves it all the same, but a restart would forget it")
+        return alerts
+
+    def _look_at_kept(self) -> None:
+        """Counts the looks since serve should have kept what it serves, as far as one is there that would."""
+        version = self.controller.version
+        kept = Paths(self.settings.flags, self.settings.state).kept(version)
+        self._unkept = 0 if not version or not self.decided.heard() or signature(kept) else self._unkept + 1
 
     def _measured(self, key: str) -> dict[str, Any]:
         """What was measured of a flag's requests; a key only once there is something behind it."""

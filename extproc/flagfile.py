@@ -55,6 +55,10 @@ class Paths:
         """What was served under each version, for a replay."""
         return self.state / "rulesets"
 
+    def kept(self, version: str) -> Path:
+        """The record of one version, the last file that serve writes of it."""
+        return self.rulesets / f"{version}.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Published:
@@ -140,6 +144,7 @@ class FlagFile:
     problems: tuple[Problem, ...] = ()
     _refused: bytes | None = field(default=None, init=False)
     _unserved: str = field(default="", init=False)
+    _unkept: str = field(default="", init=False)
     _exposures: Exposures | None = field(default=None, init=False)
     _exposure_problem: str = field(default="", init=False)
 
@@ -155,6 +160,8 @@ class FlagFile:
         """
         exposures = self._read_exposures()
         published = self.published
+        if self._unkept and published is not None:
+            await self._keep(published)
         if published is not None and published.exposures != exposures:
             self._not_served(self.paths.exposure, await self._serve(published.content, exposures))
         content, problems = await self._read_flags()
@@ -222,9 +229,22 @@ class FlagFile:
             self.count(True)
             flags = "1 flag" if verdict.flags == 1 else f"{verdict.flags} flags"
             self.tell("flags_reloaded" if before else "flags_loaded", f"{flags}, version {verdict.version}")
-        if self.keep:
-            await asyncio.to_thread(keep_state, self.paths, self.published, self.tell)
+        await self._keep(self.published)
         return ()
+
+    async def _keep(self, published: Published) -> None:
+        """Writes to the state folder what is served. A full disk is told once, and stops nothing."""
+        if not self.keep:
+            return
+        try:
+            await asyncio.to_thread(keep_state, self.paths, published)
+        except OSError as error:
+            problem = f"{error.filename or self.paths.state}: {error.strerror}"
+            if not self._unkept:
+                self.tell("state_not_kept", f"{problem}; served all the same, but a restart would forget it")
+            self._unkept = problem
+        else:
+            self._unkept = ""
 
     def _refuse(self, content: bytes | None, problems: tuple[Problem, ...]) -> None:
         """Says once what is wrong with the flag file."""
@@ -261,16 +281,16 @@ def _problem(message: str) -> tuple[Problem, ...]:
     return (Problem(Place(1, 1), "", message),)
 
 
-def keep_state(paths: Paths, published: Published, tell: Callable[[str, str], None]) -> None:
-    """Writes the last good file and what was served under this version. A full disk is told, and stops nothing."""
+def keep_state(paths: Paths, published: Published) -> None:
+    """Writes the last good file and what was served under this version; its record last: where it is, all is.
+
+    Raises OSError.
+    """
     digest, _, _ = published.version.partition(".")
     text = paths.rulesets / f"{digest}.yaml"
     record = {"version": published.version, "flag_file": text.name, **plain_exposures(published.exposures, "serve")}
-    try:
-        if not text.exists():
-            write_atomically(text, published.content)
-        write_atomically(paths.rulesets / f"{published.version}.json", json.dumps(record, indent=1).encode() + b"\n")
-        if read_or_none(paths.last_good, MAX_BYTES) != published.content:
-            write_atomically(paths.last_good, published.content)
-    except OSError as error:
-        tell("state_not_kept", f"{paths.state}: {error.strerror}; served all the same, but a restart would forget it")
+    if not text.exists():
+        write_atomically(text, published.content)
+    if read_or_none(paths.last_good, MAX_BYTES) != published.content:
+        write_atomically(paths.last_good, published.content)
+    write_atomically(paths.kept(published.version), json.dumps(record, indent=1).encode() + b"\n")

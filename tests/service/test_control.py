@@ -668,6 +668,35 @@ async def test_while_nothing_can_be_written_the_status_shows_what_serve_goes_on_
     assert "exposure_not_written" in kinds
 
 
+async def test_what_serve_could_not_keep_is_an_alert_until_it_can(folder, service, envoy, start_control):
+    folder.put(service.flags_yaml(5))
+    envoy.healthy["digits_canary"] = 1
+    path = folder.root / "counters.sock"
+    control = await start_control(counters=path)
+    await control.until(lambda: control.readyz(200), "ready")
+
+    async def said():
+        alerts = (await control.status())["alerts"]
+        return [
+            alert for alert in alerts if alert.endswith("serve serves it all the same, but a restart would forget it")
+        ]
+
+    async def gone():
+        return not await said()
+
+    assert await gone()  # nobody serves yet, so there is nothing to keep
+    await control.until(path.is_socket, "the counters' socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as serve:
+        serve.sendto(json.dumps({"worker": "w", "boot": "b", "seq": 1, "counts": [], "heavy": {}}).encode(), str(path))
+    (alert,) = await control.until(said, "the alert")
+    version = (await control.status())["flags"][DIGITS]["version"]
+    record = folder.state / "rulesets" / f"{version}.json"
+    assert alert.startswith(f"not written: {record}; ")
+    record.parent.mkdir()
+    record.write_text("{}")
+    await control.until(gone, "no alert any more")
+
+
 async def test_a_taken_address_is_named(folder, service, envoy):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -51,7 +51,7 @@ def serve_once(folder, text, exposures):
     """Keeps the state as serve does when it has published this."""
     version = ruleset_version(text.encode(), exposures.seq)
     keep_state(
-        Paths(folder / "flags" / "flags.yaml", folder / "state"), Published(version, text.encode(), exposures, 1), print
+        Paths(folder / "flags" / "flags.yaml", folder / "state"), Published(version, text.encode(), exposures, 1)
     )
     return version
 

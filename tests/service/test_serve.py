@@ -283,9 +283,13 @@ def test_a_disk_that_is_full_is_told_and_stops_nothing(perch, service):
     assert perch.put(service.flags_yaml(100)).what == ("canary", "SPLIT")
     assert perch.put(service.flags_yaml(50)).what[1] == "SPLIT"
     assert kept.read_text() == service.flags_yaml(0)
+    version = perch.version()
+    assert not (folder.state / "rulesets" / f"{version}.json").exists()
     resource.prlimit(perch.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    assert perch.put(service.flags_yaml(0, more="description: room again")).cohort == "stable"
-    service.wait_until(lambda: "room again" in kept.read_text(), "the last good file is kept again")
+    service.wait_until(
+        lambda: kept.read_text() == service.flags_yaml(50), "what is served is kept without another edit"
+    )
+    service.wait_until((folder.state / "rulesets" / f"{version}.json").exists, "its record too")
     service.wait_until(lambda: not list(folder.state.rglob(".*")), "no temporary file is left")
 
 
