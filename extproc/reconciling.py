@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from typing import Any
 
 from extproc.core.decided import Decided
@@ -17,6 +18,8 @@ SETTLE_S = 1.6
 """Two flushes of Envoy's log are one second; serve reports every second. What ended before is known after this."""
 LATE_S = 0.4
 """If Envoy or this process stood still for longer meanwhile, what it had to say may still be on its way."""
+STALE_S = 60.0
+"""Without a comparison for so many seconds, that itself is an alert."""
 _LOOK_S = 0.2
 _QUIET_LOOKS = 4
 _COUNTERS = r"^(cluster\..+_(stable|canary)\.upstream_rq_(total|active)|http\.edge\.downstream_rq_active)$"
@@ -45,6 +48,7 @@ class Reconciler:
     found: Reconciliation = field(default_factory=Reconciliation)
     since_s: float | None = None
     compared_s: float | None = None
+    _compared_at_s: float = field(default=inf, init=False)
     _told: dict[tuple[str, str], int] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -82,6 +86,7 @@ class Reconciler:
         )
         if self.found.compare(self.models(), evidence):
             self.since_s, self.compared_s = self.since_s or cut_s, cut_s
+            self._compared_at_s = time.monotonic()
             self._tell_alerts()
 
     async def _settle(self) -> None:
@@ -103,7 +108,11 @@ class Reconciler:
 
     def alerts(self) -> list[str]:
         """What somebody should look into, a line each."""
-        return [f"{flag}: {text}" for flag, found in self.found.lately().items() for text in found.alerts().values()]
+        found = [f"{flag}: {text}" for flag, one in self.found.lately().items() for text in one.alerts().values()]
+        silent_s = time.monotonic() - self._compared_at_s
+        if silent_s > STALE_S:
+            found.append(f"the access log was not compared for {silent_s:.0f} s: Envoy's admin does not answer in time")
+        return found
 
     def _tell_alerts(self) -> None:
         """Tells what is beyond the threshold when it is new, again when it has doubled, and when it is over."""

@@ -85,7 +85,7 @@ class Difference:
 
     def alerts(self) -> dict[str, str]:
         """What is beyond the threshold, by its name here, as sentences; of what was found in RECENT_S seconds."""
-        of = max(self.decided, self.assigned)
+        of = max(self.decided, self.assigned, self.lost)
         lately = f"of the last {RECENT_S / 60:.0f} minutes"
         sentences = {
             "lost": f"{self.lost} of {of} requests {lately} are missing in the access log; its numbers are incomplete",
