@@ -28,6 +28,8 @@ SETTLE_UNENDED_S = 0.5
 SETTLE_AT_MOST_S = 1.5
 """A file that never stops changing is given up for this look, so that the exposures are followed meanwhile."""
 
+RESTLESS_CHANGES = 3
+
 MAX_EXPOSURE_BYTES = 64 * 1024 * 1024
 
 Parts = AsyncIterator[bytes]
@@ -109,11 +111,13 @@ RESTLESS: Final = Unsettled.RESTLESS
 async def read_settled(path: Path) -> bytes | Unsettled | None:
     """The file once it has stopped changing; None if there is none. A file of more than MAX_BYTES is cut there.
 
-    RESTLESS if it still changes after SETTLE_AT_MOST_S. Raises OSError where it cannot be read.
+    RESTLESS if it still changes after SETTLE_AT_MOST_S and was seen to change RESTLESS_CHANGES times: on a machine that
+    stands still for a second, one edit is no restless file. Raises OSError where it cannot be read.
     """
     clock = asyncio.get_running_loop().time
     end_s = clock() + SETTLE_AT_MOST_S
-    while clock() < end_s:
+    changed = 0
+    while clock() < end_s or changed < RESTLESS_CHANGES:
         before = signature(path)
         content = read_or_none(path, MAX_BYTES)
         if content is None:
@@ -121,6 +125,7 @@ async def read_settled(path: Path) -> bytes | Unsettled | None:
         await asyncio.sleep(SETTLE_S if content.endswith((b"\n", b"}")) else SETTLE_UNENDED_S)
         if signature(path) == before and read_or_none(path, MAX_BYTES) == content:
             return content
+        changed += 1
     return RESTLESS
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from extproc.flagfile import RESTLESS, SETTLE_UNENDED_S, read_settled
+from extproc.flagfile import RESTLESS, SETTLE_AT_MOST_S, SETTLE_UNENDED_S, read_settled
 
 
 @pytest.fixture
@@ -173,6 +173,14 @@ async def test_a_file_is_read_when_it_has_stopped_changing(changing, monkeypatch
 async def test_a_file_that_never_stops_changing_is_given_up(changing, monkeypatch):
     monkeypatch.setattr("extproc.flagfile.SETTLE_AT_MOST_S", 0.3)
     assert await read_settled(changing(100_000)) is RESTLESS
+
+
+async def test_a_file_that_was_edited_once_while_its_reader_stood_still_is_no_restless_one(changing):
+    path = changing(1)
+    reading = asyncio.ensure_future(read_settled(path))
+    await asyncio.sleep(0)  # it has read the beginning
+    time.sleep(SETTLE_AT_MOST_S + 0.1)  # noqa: ASYNC251  the reader stands still, and with it everything here
+    assert await reading == b"begin\nline 0\n"
 
 
 def test_a_deleted_file_keeps_the_last_good_ruleset(perch, service):
