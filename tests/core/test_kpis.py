@@ -118,6 +118,15 @@ def test_what_waits_in_vain_is_unknown_and_may_be_reported_again():
     assert report(kpis, PENDING_S + 3, request_id="r-1").state is State.JOINED
 
 
+def test_of_many_that_wait_for_one_unit_those_that_waited_too_long_are_unknown_and_the_others_joined():
+    kpis = store()
+    for second in range(20):
+        report(kpis, second, unit="alice", flag="digits", value=float(second), key=f"order-{second}")
+    assert (kpis.counts.pending, kpis.counts.unknown) == (11, 9)  # the one of second 9 may come in second 19 still
+    kpis.remember("r-1", served("alice", time_s=19), 19)
+    assert (kpis.counts.pending, moments(kpis).n, moments(kpis).sum) == (0, 11, sum(range(9, 20)))
+
+
 def test_a_late_label_is_counted_and_not_joined_and_later_still_it_is_of_nobody():
     kpis = store()
     kpis.remember("r-1", served(), 0)
