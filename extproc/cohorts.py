@@ -1,12 +1,13 @@
 """The cohorts of each flag side by side, as plain data: what `GET /v1/status` and `perch status` show of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from extproc.core.drift import Drift, drift_of
 from extproc.core.latency import LatencyHistogram
 from extproc.core.numberbins import NumberBins
 from extproc.core.outcomes import Arm
+from extproc.core.predictions import Kind, kind_of
 from extproc.core.windows import RECENT_S, Tally, Windows
 from extproc.telemetry import Telemetry
 
@@ -19,11 +20,13 @@ def cohorts_of(telemetry: Telemetry, flag: str) -> dict[str, Any]:
 
     `requests` are those assigned to the cohort since control runs, `errors` and `fell_back` are among them. The
     percentiles are of requests that the cohort also served, over the same time; `last_minute` has them for RECENT_S.
+    `predictions` are labels, or ranges where they are numbers; none while the ranges are not known yet (`learning`),
+    none of vectors.
     """
     windows = telemetry.windows
     windows.settle()
     found: dict[str, Any] = {}
-    cohorts = {arm.value: row for arm in Arm if (row := _cohort(windows, flag, arm)) is not None}
+    cohorts = {arm.value: row for arm in Arm if (row := _cohort(telemetry, flag, arm)) is not None}
     if cohorts:
         assigned = sum(row["requests"] for row in cohorts.values())
         for row in cohorts.values():
@@ -38,7 +41,8 @@ def cohorts_of(telemetry: Telemetry, flag: str) -> dict[str, Any]:
     return found
 
 
-def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
+def _cohort(telemetry: Telemetry, flag: str, arm: Arm) -> dict[str, Any] | None:
+    windows = telemetry.windows
     series = [window for key, window in windows.shown.items() if key.flag == flag and key.cohort == arm]
     if not series:
         return None
@@ -54,7 +58,7 @@ def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
         "mismatched": total.mismatched,
         "aborted": total.aborted,
         **percentiles(total),
-        "predictions": _predictions(windows, flag, arm),
+        **_predictions(telemetry, flag, arm),
         "model_versions": _versions(windows, flag, arm),
         "last_minute": {
             "requests_per_s": round(minute.requests / min(RECENT_S, max(1, windows.seconds)), 3),
@@ -64,13 +68,25 @@ def _cohort(windows: Windows, flag: str, arm: Arm) -> dict[str, Any] | None:
     }
 
 
-def _predictions(windows: Windows, flag: str, arm: Arm) -> dict[str, int]:
-    """What the arm predicted most: labels as they came, or ranges where they are numbers."""
-    key = windows.newest(flag)
-    if key is not None and isinstance(windows.groups[key].predictions.reference, NumberBins):
-        return dict(windows.groups[key].predictions.top(arm, TOP))
-    labels = windows.labels(flag, arm)
-    return dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP])
+def _predictions(telemetry: Telemetry, flag: str, arm: Arm) -> dict[str, Any]:
+    """What the arm predicted most, and what it is: labels as they came, ranges of numbers, nothing of vectors."""
+    windows = telemetry.windows
+    labels, key = windows.labels(flag, arm), windows.newest(flag)
+    comparison = None if key is None else windows.groups[key].predictions
+    kind = _declared(telemetry, flag, labels) if comparison is None else comparison.looks_like()
+    ranges = comparison is not None and isinstance(comparison.reference, NumberBins)
+    shown: dict[str, int] = {}
+    if comparison is not None and ranges:
+        shown = dict(comparison.top(arm, TOP))
+    elif kind is Kind.LABELS:
+        shown = dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP])
+    return {"predictions": shown, "prediction_kind": kind, "learning": kind is Kind.NUMBERS and not ranges}
+
+
+def _declared(telemetry: Telemetry, flag: str, labels: Mapping[str, int]) -> Kind:
+    """What predictions are of which none was compared."""
+    kind = Kind(telemetry.windows.kind_of(telemetry.model_of().get(flag, "")))
+    return kind_of(labels) if kind is Kind.AUTO else kind
 
 
 def percentiles(tally: Tally) -> dict[str, float | None]:

@@ -93,8 +93,8 @@ class Telemetry:
         self._models = {flag.key: flag.model for flag in self._flags}
         self.take_exposures(exposures)
 
-    def _kind_of(self, flag: str) -> str:
-        return self.kinds.get(self._models.get(flag, ""), Kind.AUTO)
+    def _kind_of(self, model: str) -> str:
+        return self.kinds.get(model, Kind.AUTO)
 
     def take_exposures(self, exposures: Exposures) -> None:
         """What the controller decided: the steps, and the salts that units are hashed with."""

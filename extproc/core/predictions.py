@@ -26,7 +26,10 @@ from extproc.core.numberbins import (
 from extproc.core.outcomes import Arm
 from extproc.core.vectorbins import VectorBins, parse_vector_bins, plain_vector_bins, vector_bins
 
-__all__ = ["OTHER", "UNPARSABLE", "Kind", "LabelBins", "PredictionComparison", "Table", "vote", "vote_of"]
+__all__ = [
+    "NUMBER", "OTHER", "UNPARSABLE", "VECTOR", "Kind", "LabelBins", "PredictionComparison", "Table", "shown_as", "vote",
+    "vote_of",
+]  # fmt: skip
 
 SHOWN = 32
 """Predictions that the response header shows at most."""
@@ -42,6 +45,9 @@ MAX_TEXT = 1_024
 """Characters of one text: a vector of 32 components in full precision."""
 MAX_LABEL = 128
 OTHER = "(other)"
+NUMBER = "(number)"
+"""What is shown of a prediction that is a number: the number itself is nobody's business but the bins'."""
+VECTOR = "(vector)"
 _PENDING = 256
 """Vectors that are binned together: one alone costs ten times as much."""
 
@@ -97,6 +103,23 @@ def kind_of(texts: Mapping[str, int]) -> Kind:
         return Kind.LABELS
     fractions = sum(texts[text] for text, number in numbers.items() if not number.is_integer())
     return Kind.NUMBERS if fractions > 0.01 * total or len(numbers) > 200 else Kind.LABELS
+
+
+def shown_as(kind: str, item: str) -> str:
+    """The label under which a prediction is counted where people see it; `item` is as it stood in the header.
+
+    Of numbers and vectors it says that they are, and no more: each is different, and raw outputs are not kept. What
+    nobody has said or told yet is a number if it has a fraction: 3 may be a class, 0.731 is none.
+    """
+    if kind == Kind.VECTOR:
+        return VECTOR
+    label = decoded(item) if "%" in item else item
+    if kind == Kind.LABELS:
+        return label[:MAX_LABEL]
+    number = number_of(label)
+    if kind == Kind.NUMBERS:
+        return UNPARSABLE if number is None else NUMBER
+    return label[:MAX_LABEL] if number is None or number.is_integer() else NUMBER
 
 
 class LabelBins(NamedTuple):
@@ -181,6 +204,26 @@ class PredictionComparison:
     def settled(self) -> bool:
         """Whether what `export` gives only grows from now on: with labels always, otherwise once frozen."""
         return self.reference is not None or self.kind == Kind.LABELS
+
+    @property
+    def told(self) -> Kind:
+        """What the predictions are, as declared or as the categories say; `auto` until there are some."""
+        match self.reference:
+            case NumberBins():
+                return Kind.NUMBERS
+            case LabelBins():
+                return Kind.LABELS
+            case VectorBins():
+                return Kind.VECTOR
+            case None:
+                return Kind(self.kind)
+
+    def looks_like(self) -> Kind:
+        """The same, and before that what the votes until now look like: it may change."""
+        self._settle()
+        if self.told is not Kind.AUTO:
+            return self.told
+        return kind_of(self._texts[Arm.STABLE] or self._texts[Arm.CANARY])
 
     def observe(self, arm: str, header: str, count: int | None, unit_hash: int) -> None:
         """Counts the vote of one response of an arm, from its two headers and its unit's hash."""

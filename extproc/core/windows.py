@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from extproc.core.firsts import Firsts
 from extproc.core.latency import count_bins
 from extproc.core.outcomes import Assignment, Outcome
-from extproc.core.predictions import MAX_LABEL, MAX_LABELS, OTHER, Kind, PredictionComparison, decoded, vote_of
+from extproc.core.predictions import MAX_LABELS, OTHER, Kind, PredictionComparison, shown_as, vote_of
 
 RECENT_S = 60
 """Seconds that "the last minute" has."""
@@ -28,6 +28,8 @@ MAX_SERIES = 2_000
 MAX_VERSIONS = 16
 """Model versions told apart in one cohort of a flag; a server that makes up more gets `(other)`."""
 _MAX_LANES = 20_000
+GIVEN_UP = ("unknown_version", "cells", "groups", "series")
+"""All keys that `Windows.dropped` may have."""
 NONE = "none"
 """Cohort and flag of a request that perch said nothing about."""
 
@@ -195,6 +197,7 @@ class Lane:
     failed_open: bool
     measured: bool
     labels: dict[str, int]
+    kind: str
     vote: Callable[[str, int | None, int], str | None]
     unknown: bool = False
     now: Tally = field(default_factory=Tally)
@@ -207,11 +210,12 @@ class Lane:
 class Windows:
     """All series. `step_of` is (flag, ruleset version) -> step, None for a version nobody knows.
 
-    Everything is bounded; `dropped` counts, by kind, what was given up for it. `seconds` is how many have ended.
+    `kind_of` is what a model's predictions are declared to be. Everything is bounded; `dropped` counts, by kind, what
+    was given up for it. `seconds` is how many have ended.
     """
 
     step_of: Callable[[str, str], int | None]
-    kind_of: Callable[[str], str] = lambda _flag: Kind.AUTO
+    kind_of: Callable[[str], str] = lambda _model: Kind.AUTO
     shown: dict[SeriesKey, Window] = field(default_factory=dict)
     cells: OrderedDict[CellKey, Window] = field(default_factory=OrderedDict)
     groups: OrderedDict[GroupKey, Group] = field(default_factory=OrderedDict)
@@ -295,13 +299,14 @@ class Windows:
 
     def _settle_votes(self, lane: Lane) -> None:
         votes, lane.votes = lane.votes, {}
-        labels = lane.labels
+        labels, predictions = lane.labels, None if lane.group is None else lane.group.predictions
+        kind = lane.kind if predictions is None else predictions.told
         for item, n in votes.items():
-            label = decoded(item)[:MAX_LABEL]
+            label = shown_as(kind, item)
             known = label if label in labels or len(labels) < MAX_LABELS else OTHER
             labels[known] = labels.get(known, 0) + n
-            if lane.group is not None:
-                lane.group.predictions.add(lane.arm, item, n)
+            if predictions is not None:
+                predictions.add(lane.arm, item, n)
 
     def roll(self, second: int) -> tuple[dict[SeriesKey, Tally], dict[CellKey, Tally]]:
         """Ends a second: what it brought to each series that is shown, and to each cell that is judged."""
@@ -312,7 +317,7 @@ class Windows:
         return shown, judged
 
     def labels(self, flag: str, arm: str) -> Mapping[str, int]:
-        """What an arm of a flag predicted, with its number; beyond MAX_LABELS different predictions `(other)`."""
+        """What an arm of a flag predicted, as `shown_as` says it; beyond MAX_LABELS different predictions `(other)`."""
         return self._labels.get((flag, arm), {})
 
     def newest(self, flag: str, stratum: str = "") -> GroupKey | None:
@@ -333,8 +338,9 @@ class Windows:
             self._forget_lanes()
         assignment = outcome.assignment
         flag, cohort = (assignment.flag or NONE, assignment.cohort) if assignment is not None else (NONE, NONE)
+        kind = self.kind_of(assignment.model if assignment is not None else outcome.model)
         cell_key = self._cell_key(outcome)
-        group = self._group(cell_key) if cell_key is not None else None
+        group = self._group(cell_key, kind) if cell_key is not None else None
         measured = bool(outcome.served) and (assignment is None or outcome.served == cohort)
         lane = Lane(
             shown=self._series(flag, cohort, outcome.model_version),
@@ -346,7 +352,8 @@ class Windows:
             failed_open=outcome.failed_open,
             measured=measured and not outcome.mismatched,
             labels=self._labels_of(flag, cohort),
-            vote=vote_of(self.kind_of(flag)),
+            kind=kind,
+            vote=vote_of(kind),
             unknown=cell_key is None and self._may_judge(outcome),
         )
         if lane.unknown:
@@ -383,14 +390,14 @@ class Windows:
             self.cells[key] = Window()
         return self.cells[key]
 
-    def _group(self, key: CellKey) -> Group:
+    def _group(self, key: CellKey, kind: str) -> Group:
         group = GroupKey(key.flag, key.stratum, key.step)
         if group not in self.groups:
             if len(self.groups) >= MAX_GROUPS:
                 self._forget_lanes()
                 self.groups.popitem(last=False)
                 self._drop("groups")
-            self.groups[group] = Group(PredictionComparison(self.kind_of(key.flag)))
+            self.groups[group] = Group(PredictionComparison(kind))
         return self.groups[group]
 
     def _series(self, flag: str, cohort: str, version: str) -> Window:

@@ -16,16 +16,19 @@ from extproc.core.predictions import (
     MAX_LABEL,
     MAX_LABELS,
     MAX_TEXTS,
+    NUMBER,
     OTHER,
     REFERENCE_VOTES,
     TOP_LABELS,
     UNPARSABLE,
+    VECTOR,
     Kind,
     LabelBins,
     PredictionComparison,
     kind_of,
     parse_reference,
     plain_reference,
+    shown_as,
     vote,
     vote_of,
 )
@@ -105,6 +108,47 @@ def test_two_encodings_of_a_label_are_one_label():
 )
 def test_what_the_first_predictions_are_is_told_from_them(items, kind):
     assert kind_of(Counter(items)) == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "shown"),
+    [
+        ("labels", "0.25", "0.25"),
+        ("labels", "a%2Cb", "a,b"),
+        ("labels", "x" * 999, "x" * MAX_LABEL),
+        ("auto", "7", "7"),
+        ("auto", "cat", "cat"),
+        ("auto", "nan", "nan"),
+        ("auto", "", ""),
+        ("auto", "-0.000454214", NUMBER),
+        ("auto", "1e-05", NUMBER),
+        ("auto", "0%2E5", NUMBER),
+        ("numbers", "7", NUMBER),
+        ("numbers", "0.5", NUMBER),
+        ("numbers", "cat", UNPARSABLE),
+        ("numbers", "inf", UNPARSABLE),
+        ("vector", "1,2,3", VECTOR),
+        ("vector", "%", VECTOR),
+    ],
+)
+def test_people_see_labels_and_of_numbers_and_vectors_that_they_are(kind, item, shown):
+    assert shown_as(kind, item) == shown
+
+
+def test_what_predictions_look_like_may_change_until_it_is_told():
+    comparison = compared("auto", ["3", "4"], [])
+    assert (comparison.told, comparison.looks_like()) == (Kind.AUTO, Kind.LABELS)
+    for text in scores(100, 1):
+        comparison.add("stable", text)
+    assert (comparison.told, comparison.looks_like()) == (Kind.AUTO, Kind.NUMBERS)
+    for text in scores(REFERENCE_VOTES, 2):
+        comparison.add("stable", text)
+    assert (comparison.looks_like(), comparison.told) == (Kind.NUMBERS, Kind.NUMBERS)
+    assert compared("auto", [], ["0.5"]).looks_like() is Kind.NUMBERS
+    assert compared("labels", ["0.5"], []).looks_like() is Kind.LABELS
+    assert compared("vector", ["1,2"] * REFERENCE_VOTES, []).looks_like() is Kind.VECTOR
+    told = compared("auto", ["7"] * REFERENCE_VOTES, [])
+    assert (told.looks_like(), told.told) == (Kind.LABELS, Kind.LABELS)
 
 
 def test_the_nineteen_most_frequent_labels_of_stable_are_told_apart():

@@ -11,7 +11,7 @@ from made import good_outcome
 from extproc.core.gcounter import GCounter, Message, Process
 from extproc.core.latency import bin_of
 from extproc.core.outcomes import Assignment
-from extproc.core.predictions import OTHER, Kind
+from extproc.core.predictions import OTHER, REFERENCE_VOTES, Kind
 from extproc.core.windows import (
     MAX_VERSIONS,
     NONE,
@@ -271,11 +271,32 @@ def test_labels_are_shown_decoded_and_cut():
     assert set(windows.labels("digits", "stable")) == {"zürich, ch", "x" * 128}
 
 
-def test_a_vector_is_one_prediction_with_its_components():
-    windows = Windows(lambda _flag, _version: 0, lambda _flag: Kind.VECTOR)
+def test_a_vector_is_one_prediction_which_is_compared_and_not_shown():
+    windows = Windows(lambda _flag, _version: 0, {"digits": Kind.VECTOR}.get)
     add(windows, outcome(assigned(), predictions="1,2,3", prediction_count=1))
     windows.settle()
-    assert windows.labels("digits", "stable") == {"1,2,3": 1}
+    assert windows.labels("digits", "stable") == {"(vector)": 1}
+    assert windows.groups[GroupKey("digits", "", 0)].predictions.export() == {"stable=1,2,3": 1}
+
+
+def test_what_a_models_predictions_are_holds_without_a_decision_and_for_a_flag_that_is_no_more():
+    windows = Windows(lambda _flag, _version: 0, {"digits": Kind.VECTOR}.get)
+    add(windows, outcome(None, failed_open=True, predictions="1,2,3"))
+    add(windows, outcome(assigned(flag="gone"), predictions="1,2,3"))
+    windows.settle()
+    assert windows.labels(NONE, NONE) == windows.labels("gone", "stable") == {"(vector)": 1}
+
+
+def test_numbers_are_counted_as_numbers_once_it_is_told_that_they_are():
+    minutes = [outcome(assigned(), predictions=str(i % 700)) for i in range(REFERENCE_VOTES)]
+    windows = counted(*minutes)
+    assert len(windows.labels("digits", "stable")) == 700  # classes, for all that anybody knows
+    assert windows.groups[GroupKey("digits", "", 0)].predictions.looks_like() is Kind.NUMBERS
+    for one in minutes:
+        add(windows, one)
+    windows.settle()
+    assert len(windows.labels("digits", "stable")) == 701
+    assert windows.labels("digits", "stable")["(number)"] == REFERENCE_VOTES
 
 
 def test_a_second_that_ended_is_in_the_last_minute_until_it_is_a_minute_old():

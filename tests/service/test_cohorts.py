@@ -14,8 +14,10 @@ from extproc.core.drift import Drift
 from extproc.core.flags import Exposure, Exposures, Flag
 from extproc.core.kpis import Reported
 from extproc.core.outcomes import Assignment
+from extproc.core.predictions import REFERENCE_VOTES
 from extproc.core.reconcile import Difference
 from extproc.core.windows import RECENT_S, Tally
+from extproc.statustable import predictions_of
 from extproc.telemetry import Steps, Telemetry
 
 IDS = itertools.count()
@@ -31,12 +33,12 @@ def outcome(cohort="stable", flag="digits", **changed):
 class Seen:
     """A telemetry, and the seconds that have ended."""
 
-    def __init__(self):
+    def __init__(self, kind="auto"):
         flags = [Flag(key=key, model="digits", salt=key, percent=Decimal(50)) for key in ("digits", "wine")]
         at_step = {
             version: Exposures(1, {"digits": Exposure(salt="digits", step=n)}) for n, version in enumerate("abc")
         }
-        self.telemetry = Telemetry(Steps(lambda version: at_step.get(version, Exposures())))
+        self.telemetry = Telemetry(Steps(lambda version: at_step.get(version, Exposures())), {"digits": kind})
         self.telemetry.take_flags(flags, Exposures())
         self.now = 0
 
@@ -77,6 +79,7 @@ def test_the_keys_are_those_that_programs_rely_on(seen):
     documented = {"requests", "errors", "fell_back", "p50_ms", "p95_ms", "p99_ms", "predictions"}
     for row in status["cohorts"].values():
         more = {"share", "errors_by_class", "mismatched", "aborted", "model_versions", "last_minute"}
+        more |= {"prediction_kind", "learning"}
         assert row.keys() == documented | more
         assert row["last_minute"].keys() == {"requests_per_s", "error_rate", "p50_ms", "p95_ms", "p99_ms"}
     assert status["drift"].keys() == {"js", "wasserstein_sd", "psi", "ks", "n", "n_stable"}
@@ -171,6 +174,51 @@ def test_only_the_most_frequent_predictions_are_listed_most_frequent_first(seen)
         seen.take(*(outcome(predictions=f"label%20{n}") for _ in range(n + 1)))
     predictions = seen.status()["cohorts"]["stable"]["predictions"]
     assert list(predictions.items()) == [(f"label {n}", n + 1) for n in reversed(range(10, TOP + 10))]
+
+
+def test_predictions_that_are_labels_are_listed_from_the_first_on_and_nothing_is_learned(seen):
+    seen.take(outcome(predictions="7"))
+    row = seen.status()["cohorts"]["stable"]
+    assert (row["predictions"], row["prediction_kind"], row["learning"]) == ({"7": 1}, "labels", False)
+    assert predictions_of(row) == "7 100 %"
+
+
+@pytest.mark.parametrize("kind", ["numbers", "auto"])
+def test_of_numbers_nothing_is_listed_before_their_ranges_are_known_and_people_are_told_why(kind):
+    seen, draw = Seen(kind), random.Random(4)
+    for _ in range(REFERENCE_VOTES - 1):
+        seen.take(outcome(predictions=f"{draw.gauss(0, 1):.6g}"))
+    seen.take(outcome("canary", predictions="-0.000454214"))
+    assert "0.000454214" not in json.dumps(seen.status())
+    for row in seen.status()["cohorts"].values():
+        assert (row["predictions"], row["prediction_kind"], row["learning"]) == ({}, "numbers", True)
+        assert predictions_of(row) == "(learning ranges)"
+    seen.take(outcome(predictions="0.5"))
+    for row in seen.status()["cohorts"].values():
+        assert (row["prediction_kind"], row["learning"]) == ("numbers", False)
+        assert sum(row["predictions"].values()) in {1, REFERENCE_VOTES}
+
+
+def test_numbers_that_are_compared_nowhere_are_not_listed_either():
+    for kind in ("numbers", "auto"):
+        seen = Seen(kind)
+        seen.take(outcome("canary", reason="FORCED", predictions="0.8125"))
+        assert "0.8125" not in json.dumps(seen.status())
+
+
+@pytest.mark.parametrize("n", [3, REFERENCE_VOTES + 5])
+@pytest.mark.parametrize("reason", ["SPLIT", "FORCED"])
+def test_of_vectors_nothing_is_listed_ever(n, reason):
+    seen = Seen("vector")
+    for arm in ("stable", "canary"):
+        seen.take(*(outcome(arm, reason=reason, predictions="0.8125,-3,17") for _ in range(n)))
+    seen.second()
+    status = seen.status()
+    assert "8125" not in json.dumps(status)
+    for row in status["cohorts"].values():
+        assert (row["predictions"], row["prediction_kind"], row["learning"]) == ({}, "vector", False)
+        assert predictions_of(row) == "(vectors)"
+    assert ("drift" in status) == (reason == "SPLIT")
 
 
 def test_predictions_that_are_numbers_are_listed_as_ranges_once_there_are_enough(seen):
