@@ -3,16 +3,18 @@
 Both come from the same samples. Series are bounded whatever the traffic holds: the windows tell apart so many series,
 and what has a series of its own here is settled the first time it is seen, up to a limit; the rest is counted as
 `(other)`, or not shown and counted in `request.dropped`. So a counter never shrinks. Two texts that are shown alike are
-one series. StatsD hears each second of the cohorts that had traffic in the last minute, and of nothing else; of so many
-that not all fit into LINES, each gets its turn, and a counter is told later with what has come meanwhile.
+one series. Prometheus gets a counter at 0 before it first grows, wherever it can be known that it may: what a series
+begins with is no increase to it. StatsD hears each second of the cohorts that had traffic in the last minute, and of
+nothing else; of so many that not all fit into LINES, each gets its turn, and a counter is told later with what has come
+meanwhile.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import fsum, isfinite
 from typing import NamedTuple
 
@@ -27,7 +29,7 @@ from extproc.core.latency import bin_of, edge_of, value_of
 from extproc.core.outcomes import Arm
 from extproc.core.predictions import OTHER
 from extproc.core.reconcile import Difference
-from extproc.core.windows import NONE, RECENT_S, SeriesKey, Tally, Window
+from extproc.core.windows import GIVEN_UP, MAX_SERIES, MAX_VERSIONS, NONE, RECENT_S, SeriesKey, Tally, Window
 from extproc.metricnames import BY_NAME, Kind, Metric
 from extproc.metrics import Metrics
 from extproc.telemetry import Telemetry
@@ -58,7 +60,9 @@ BUCKETS = tuple(bin_of(ms) for ms in (1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1_00
 """The histograms' buckets, each up to the edge of one of the telemetry's bins, so that their counts are exact."""
 
 _LE = (*(f"{edge_of(place) / 1000:.6g}" for place in BUCKETS), "+Inf")
+_ERRORS = ("5xx", "deadline", "no_answer")
 _WHOLE = ("fell_back", "failed_open", "mismatched", "aborted")
+_NOTHING = Window()
 _THE_REST = SeriesKey(OTHER, OTHER, OTHER)
 
 Cohort = tuple[str, str]
@@ -114,7 +118,9 @@ class RequestMetrics:
     _counted: dict[Series, float] = field(default_factory=dict)
     _gauged: dict[Series, tuple[float, int]] = field(default_factory=dict)
     _cohorts: dict[Cohort, list[tuple[SeriesKey, Window]]] = field(default_factory=dict)
-    _indexed: int = 0
+    _expected: dict[Cohort, list[SeriesKey]] = field(default_factory=dict)
+    _indexed: int = -1
+    _served: Mapping[str, str] = field(default_factory=dict)
     _recent: dict[Cohort, int] = field(default_factory=dict)
     _waiting: dict[Cohort, None] = field(default_factory=dict)
     _untimed: int = 0
@@ -146,11 +152,13 @@ class RequestMetrics:
 
     def _settle(self) -> None:
         """Which series belong to which cohort; and the sums of reported values, when something was joined."""
-        shown = self.telemetry.windows.shown
-        if len(shown) != self._indexed:
-            self._indexed, self._cohorts = len(shown), {}
+        shown, served = self.telemetry.windows.shown, self.telemetry.model_of()
+        if len(shown) != self._indexed or served is not self._served:
+            self._indexed, self._served, self._cohorts = len(shown), served, {}
             for key, window in shown.items():
                 self._cohorts.setdefault((key.flag, key.cohort), []).append((_shown(key), window))
+            known = {cohort: [key.model_version for key, _ in series] for cohort, series in self._cohorts.items()}
+            self._expected = expected(known, served, MAX_SERIES - len(shown))
         joined = self.telemetry.kpis.counts.joined
         if joined != self._kpis_of:
             self._kpis_of = joined
@@ -202,12 +210,13 @@ class RequestMetrics:
             _send_durations(metrics, "request.upstream_ms", key, tally.upstream)
 
     def samples(self) -> Iterator[Sample]:
-        """Every counter and gauge as it stands, each series once."""
+        """Every counter and gauge as it stands, each series once; and series at 0 that may come."""
         self.telemetry.windows.settle()
         self._settle()
         yield from _once(self._of_all())
-        for cohort in {**self._cohorts, **self._kpis}:
-            yield from _once(self._of_cohort(cohort))
+        for cohort in {**self._cohorts, **self._expected, **self._kpis}:
+            zeros = (_of_series(key, _NOTHING) for key in self._expected.get(cohort, ()))
+            yield from _once(chain(self._of_cohort(cohort), *zeros))
 
     def _of_all(self) -> Iterator[Sample]:
         """What belongs to no cohort."""
@@ -219,6 +228,7 @@ class RequestMetrics:
             yield Sample("request.outcomes", (result,), getattr(counts, result))
         yield Sample("request.outcomes_pending", (), counts.pending)
         given_up = {
+            **dict.fromkeys(GIVEN_UP, 0),
             **self.telemetry.windows.dropped,
             "kpi_requests": counts.pushed_out,
             "kpi_groups": counts.unkept,
@@ -227,8 +237,7 @@ class RequestMetrics:
             "timers": self._untimed,
         }
         for what, n in given_up.items():
-            if n:
-                yield Sample("request.dropped", (what,), n)
+            yield Sample("request.dropped", (what,), n)
         for flag, found in self.differences().items():
             yield Sample("request.lost", (flag,), found.lost)
             yield Sample("request.surplus", (flag,), found.surplus)
@@ -322,14 +331,40 @@ def _shown(key: SeriesKey) -> SeriesKey:
     return SeriesKey(key.flag, key.cohort, tag_of(key.model_version))
 
 
+def expected(
+    known: Mapping[Cohort, Collection[str]], served: Iterable[str], most: int
+) -> dict[Cohort, list[SeriesKey]]:
+    """Series that requests may bring next: of each arm of a flag, of all versions that answered any of its requests.
+
+    A fall-back and a request of the wrong arm have the other arm's version, an answer that never came has none, and a
+    request without decision has no flag, and the version of whoever served it. `known` are the versions of each cohort
+    that has a series; no cohort has more than MAX_VERSIONS with those to come, and all together get `most`.
+    """
+    of_flag: dict[str, dict[str, None]] = {NONE: {NONE: None}}
+    for (flag, _), versions in known.items():
+        of_flag.setdefault(flag, {NONE: None}).update(dict.fromkeys(versions))
+        of_flag[NONE].update(dict.fromkeys(versions))
+    for flag in served:
+        of_flag.setdefault(flag, {NONE: None})
+    found: dict[Cohort, list[SeriesKey]] = {}
+    for flag, versions in of_flag.items():
+        for cohort in (NONE,) if flag == NONE else Arm if flag != OTHER else ():
+            there = known.get((flag, cohort), ())
+            room = max(0, min(most, MAX_VERSIONS - len(there)))
+            keys = [SeriesKey(flag, cohort, version) for version in versions if version not in there][:room]
+            most -= len(keys)
+            if keys:
+                found[flag, cohort] = keys
+    return found
+
+
 def _of_series(key: SeriesKey, window: Window) -> Iterator[Sample]:
     before, now = window.before, window.now
     yield Sample("request.count", key, before.requests + now.requests)
-    for error in sorted({*before.errors, *now.errors}):
+    for error in dict.fromkeys((*_ERRORS, *before.errors, *now.errors)):
         yield Sample("request.errors", (*key, error), before.errors.get(error, 0) + now.errors.get(error, 0))
     for name in _WHOLE:
-        if n := getattr(before, name) + getattr(now, name):
-            yield Sample(f"request.{name}", key, n)
+        yield Sample(f"request.{name}", key, getattr(before, name) + getattr(now, name))
 
 
 def _of_minute(cohort: Cohort, windows: Iterable[Window]) -> Iterator[Sample]:

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.skipif(
 )
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 TYPES = {Kind.COUNTER: "counter", Kind.GAUGE: "gauge", Kind.TIMER: "histogram"}
-SELDOM = {"mismatched", "aborted", "failed_open", "fell_back", "errors", "dropped", "kpi_count", "kpi_mean"}
+SELDOM = {"kpi_count", "kpi_mean"}
 """Metrics of what does not happen here: they have no series until it does."""
+VERSIONS = {"stable": "1", "canary": "2"}
 MINUTE_S = 55.0
 """What "the last minute" surely has, with some seconds for control, Prometheus and us to come to it."""
 
@@ -99,6 +100,59 @@ async def test_prometheus_scrapes_control_and_counts_what_was_sent(tools):
                 await asyncio.to_thread(judge_page, system)
 
 
+async def test_faults_that_begin_with_a_burst_are_an_increase_from_the_first_on(tools):
+    flags = {"num": tools.witness.Flag("num-1", 50)}
+    with (
+        tools.folder() as place,
+        tools.witnessed(flags) as (system, servers),
+        scraping(place, f"127.0.0.1:{system.control_port}") as prometheus,
+    ):
+        asks = [tools.witness.Ask("num", f"user-{i}") for i in range(400)]
+        arm_of = {ask.user: ask.decided(flags["num"]).cohort for ask in asks}
+        canary = [user for user, arm in arm_of.items() if arm == "canary"]
+
+        async def burst(users: list[str], **do: Any) -> list[Any]:
+            asked = [tools.witness.Ask("num", user, do={"version": VERSIONS[arm_of[user]], **do}) for user in users]
+            return await tools.witness.ask_all(system.port, flags, asked, 40)
+
+        await burst([*arm_of])
+        await until_scraped(tools, prometheus, len(arm_of))
+        await burst(canary, status=500)
+        await until_scraped(tools, prometheus, len(arm_of) + len(canary))
+        assert increased(prometheus, "errors")["canary",] >= len(canary)
+        assert prometheus.query(rate_of_errors_on_the_page())["canary", "num"] > 0.1
+
+        servers.kill("canary")
+        records = await burst(canary, version=VERSIONS["stable"])
+        fell_back = sum(one.served == "stable" and one.decided.reason != "HELD" for one in records)
+        assert fell_back > 0
+        await until_scraped(tools, prometheus, len(arm_of) + 2 * len(canary))
+        assert increased(prometheus, "fell_back") == pytest.approx({("canary",): fell_back, ("stable",): 0}, rel=0.2)
+        servers.begin("canary")
+        system.disturbed = True
+        await asyncio.to_thread(system.until_settled)
+
+
+async def until_scraped(tools: Any, prometheus: Prometheus, requests: int) -> None:
+    """Waits until Prometheus has so many requests, and twice, so that there is a rate."""
+    for expression in ("sum(perch_request_count_total)", "sum(perch_request_count_total offset 2s)"):
+        await asyncio.to_thread(
+            tools.until,
+            lambda query=expression: prometheus.query(query) == {(): requests},
+            f"{requests} in {expression}",
+        )
+
+
+def increased(prometheus: Prometheus, name: str) -> dict[tuple[str, ...], float]:
+    """What a counter has grown by in ten minutes, by cohort."""
+    return prometheus.query(f"sum by (cohort) (increase(perch_request_{name}_total{{flag='num'}}[10m]))")
+
+
+def rate_of_errors_on_the_page() -> str:
+    """The page's first query."""
+    return re.findall(r"(?s)```promql\n(.*?)```", PAGE)[0]
+
+
 def judge_page(system: Any) -> None:
     """Promtool has nothing to say about the page."""
     code, text = system.get(system.control_port, "/metrics")
@@ -111,7 +165,7 @@ def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str], began_s: floa
     """Everything that can be asked of it about requests that were sent since `began_s`."""
     by_cohort = {(cohort,): float(n) for cohort, n in sent.items()}
     for name in ("count_total", "predictions_total", "latency_seconds_count", "latency_seconds_bucket{le='+Inf'}"):
-        expression = f"sum by (cohort) (perch_request_{name})"
+        expression = f"sum by (cohort) (perch_request_{name}) > 0"  # requests without a decision are there at 0
         tools.until(lambda query=expression: prometheus.query(query) == by_cohort, f"{expression} to be {by_cohort}")
     for quantile, shown in ((0.5, "p50"), (0.99, "p99")):
         expression = f"histogram_quantile({quantile}, sum by (cohort, le) (perch_request_latency_seconds_bucket))"

@@ -20,7 +20,7 @@ from extproc.core.kpis import Reported
 from extproc.core.latency import bin_of, edge_of, value_of
 from extproc.core.outcomes import Assignment
 from extproc.core.reconcile import Difference
-from extproc.core.windows import MAX_SERIES
+from extproc.core.windows import MAX_SERIES, SeriesKey
 from extproc.metricnames import BY_NAME, Kind
 from extproc.metrics import Metrics
 from extproc.requestmetrics import (
@@ -33,6 +33,7 @@ from extproc.requestmetrics import (
     REPEAT_S,
     TIMED,
     RequestMetrics,
+    expected,
     tag_of,
 )
 from extproc.telemetry import Steps, Telemetry
@@ -76,8 +77,8 @@ class Heard:
 class Bench:
     """A telemetry with everything that makes samples of it, and the seconds that have ended."""
 
-    def __init__(self, *flags):
-        self.telemetry = Telemetry(Steps(lambda _version: Exposures()))
+    def __init__(self, *flags, kind="auto"):
+        self.telemetry = Telemetry(Steps(lambda _version: Exposures()), {"digits": kind})
         made = [Flag(key=key, model="digits", salt=key, percent=Decimal(50)) for key in flags or ("digits",)]
         self.telemetry.take_flags(made, Exposures())
         self.log, self.differences = LogCounts(), {}
@@ -173,6 +174,100 @@ def test_statsd_and_prometheus_count_the_same_of_every_class(bench):
         labels = dict(zip(BY_NAME[f"request.{name}"].tags, tags, strict=True))
         assert scraped[f"perch_request_{name}_total", *(value for _, value in sorted(labels.items()))] == n
     assert sum(n for key, n in scraped.items() if key[0] == "perch_request_count_total") == 11
+
+
+def test_a_counter_of_a_series_is_there_at_0_before_it_grows_and_statsd_does_not_hear_of_it(bench):
+    bench.take(outcome(), outcome(cohort="canary", model_version="2"))
+    heard, scraped = bench.second(), bench.scrape()
+    for series in (("stable", "digits", "1"), ("canary", "digits", "2")):
+        assert scraped["perch_request_count_total", *series] == 1
+        for error in ("5xx", "deadline", "no_answer"):
+            assert scraped["perch_request_errors_total", error, *series] == 0
+        for name in ("fell_back", "failed_open", "mismatched", "aborted"):
+            assert scraped[f"perch_request_{name}_total", *series] == 0
+    for what in ("unknown_version", "cells", "groups", "series", "kpi_requests", "timers"):
+        assert scraped["perch_request_dropped_total", what] == 0
+    assert {name for name, *_ in heard.counters} == {"request.count", "request.predictions"}
+
+
+def test_an_arm_that_is_served_is_there_at_0_before_its_first_request(bench):
+    before = bench.scrape()
+    bench.take(*(outcome(cohort="canary", status=0, served="", model_version="") for _ in range(200)))
+    after = bench.scrape()
+    grown = {key: n for key, n in after.items() if n != before.get(key)}
+    assert grown.pop(("perch_request_errors_total", "no_answer", "canary", "digits", "none")) == 200
+    assert before["perch_request_errors_total", "no_answer", "canary", "digits", "none"] == 0
+    assert grown.keys() & before.keys() == {("perch_request_count_total", "canary", "digits", "none")}
+    assert before["perch_request_count_total", "stable", "digits", "none"] == 0
+    assert before["perch_request_failed_open_total", "none", "none", "none"] == 0
+
+
+def test_what_counts_as_a_fault_grows_from_0_whoever_answered(bench):
+    bench.take(outcome(), outcome(cohort="canary", model_version="2"))
+    before = bench.scrape()
+    bench.take(
+        outcome(status=500),
+        outcome(cohort="canary", deadline=True, status=504, model_version="2"),
+        outcome(cohort="canary", status=503, served="", model_version=""),
+        outcome(cohort="canary", served="stable"),
+        outcome(served="canary", model_version="2"),
+        outcome(cohort="canary", aborted=True, model_version=""),
+        outcome(failed_open=True)._replace(assignment=None, hash=None),
+    )
+    grown = {key: n for key, n in bench.scrape().items() if key[0].endswith("_total") and n != before.get(key)}
+    faults = ("errors", "fell_back", "failed_open", "mismatched", "aborted")
+    assert {key[0] for key in grown} >= {f"perch_request_{name}_total" for name in faults}
+    of_series = {key for key in grown if key[0] != "perch_request_predictions_total"}
+    assert {key for key in of_series if key not in before} == set()
+
+
+def test_series_at_0_take_no_room_from_those_that_have_something_to_tell():
+    flags = [f"f{n}" for n in range(5_000)]
+    found = expected({("a", "stable"): [f"v{n}" for n in range(16)], ("a", "canary"): ["x"]}, flags, 100)
+    assert sum(map(len, found.values())) == 100
+    assert ("a", "stable") not in found
+    assert len(found["a", "canary"]) == 15
+    assert found["f0", "stable"] == [SeriesKey("f0", "stable", "none")]
+    assert expected({}, flags, 0) == {}
+
+
+def test_of_a_page_that_is_full_what_is_at_0_goes_first():
+    flags = [f"f{n}" for n in range(MAX_SERIES // 2)]
+    bench = Bench(*flags)
+    assert series_of(bench) == MAX_SERIES
+    for flag in flags[::-1]:
+        bench.take(outcome(flag, model_version="2"))
+    assert series_of(bench) == MAX_SERIES
+    counted = {key[2]: n for key, n in bench.scrape().items() if key[0] == "perch_request_count_total" and n}
+    assert counted == dict.fromkeys(flags, 1)
+
+
+def series_of(bench):
+    return sum(key[0] == "perch_request_count_total" for key in bench.scrape())
+
+
+def test_a_flag_that_comes_later_is_there_at_0_too(bench):
+    assert ("perch_request_count_total", "canary", "wine", "none") not in bench.scrape()
+    wine = Flag(key="wine", model="digits", salt="wine", percent=Decimal(5))
+    bench.telemetry.take_flags([wine], Exposures())
+    assert bench.scrape()["perch_request_count_total", "canary", "wine", "none"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "shown"), [("vector", "(vector)"), ("numbers", "(number)"), ("auto", "(number)"), ("labels", None)]
+)
+def test_outputs_that_are_numbers_are_counted_and_never_told(kind, shown):
+    bench = Bench(kind=kind)
+    draw = random.Random(8)
+    raw = [f"{draw.gauss(0, 1):.6f}" for _ in range(300)]
+    bench.take(*(outcome(predictions=",".join(raw[n : n + 4]), prediction_count=4) for n in range(296)))
+    heard, scraped = bench.second(), bench.scrape()
+    told = {tags[-1]: n for (name, *tags), n in heard.counters.items() if name == "request.predictions"}
+    page = {key[-1]: n for key, n in scraped.items() if key[0] == "perch_request_predictions_total"}
+    assert told == page
+    assert (told == {shown: 296}) == (shown is not None)  # whoever says that these are labels gets labels
+    bench.take(outcome(failed_open=True, predictions="0.125,3")._replace(assignment=None, hash=None))
+    assert ("perch_request_predictions_total", "none", "none", shown or "0.125") in bench.scrape()
 
 
 def test_over_many_seconds_what_statsd_heard_adds_up_to_what_prometheus_shows(bench):
@@ -485,7 +580,7 @@ def test_a_hundred_thousand_hostile_outcomes_of_one_flag_make_few_series_and_a_s
     heard = bench.second()
     text = bench.metrics.prometheus()
     cohorts, versions = 2, 17
-    series = cohorts * versions
+    series = (cohorts + 1) * versions  # and those at 0 of requests without a decision
     statsd = len(heard.counters) + len(heard.gauges) + len(heard.timers)
     assert statsd <= series * (1 + 3 + 4 + 2) + cohorts * (3 + 20 + 2 * 64) + 30
     assert assert_valid(text) <= series * (1 + 3 + 4 + 2 * 16) + cohorts * (3 + 20 + 2 * 64) + 30
@@ -525,7 +620,7 @@ def test_no_counter_and_no_bucket_shrinks_under_hostile_traffic():
         bench.second()
         now = bench.scrape()
         grows = ("_total", "_bucket", "_count", "_sum")
-        shrunk = [key for key, n in before.items() if key[0].endswith(grows) and now[key] < n]
+        shrunk = [key for key, n in before.items() if key[0].endswith(grows) and now.get(key, 0) < n]
         assert shrunk == []
         before = now
     assert ("perch_request_latency_seconds_count", "(other)", "(other)", "(other)") in before
