@@ -43,7 +43,7 @@ def test_each_part_counts_each_outcome():
     telemetry.take([outcome("a"), outcome("b", status=500), outcome("c", "canary")], 10.0)
     assert judged(telemetry).requests == 2
     assert judged(telemetry, arm="canary").requests == 1
-    assert telemetry.log.logged().assigned == {"digits": 3}
+    assert telemetry.log.logged()[0].assigned == {"digits": 3}
     assert [telemetry.report(label(one), 11.0).state for one in "abc"] == [State.JOINED] * 3
     assert accuracy(telemetry) == {("stable", 0, True): 2, ("canary", 0, True): 1}
 
@@ -134,5 +134,5 @@ def test_clocks_that_step_backwards_lose_nothing():
     telemetry.take([outcome("a", ended_s=2000.0)], 100.0)
     telemetry.take([outcome("b", ended_s=-5.0)], 50.0)
     assert judged(telemetry).requests == 2
-    assert telemetry.log.logged().assigned == {"digits": 2}
+    assert telemetry.log.logged()[0].assigned == {"digits": 2}
     assert [telemetry.report(label(one), 40.0).state for one in "ab"] == [State.JOINED] * 2
