@@ -18,6 +18,8 @@ WIDE = 132
 UNKNOWN = "-"
 MAX_TEXT = 200
 _LABEL = 18
+_RANGE = 28
+"""Characters of a range of numbers; without its upper end it says nothing."""
 _TOP = 4
 _LISTED = 20
 _ARMS = ("stable", "canary")
@@ -248,14 +250,14 @@ def _cohorts(cohorts: dict[str, Any], *, wide: bool) -> Padding:
         table.add_column(name, width=width, no_wrap=True, justify="left" if name in {"cohort", "over"} else "right")
     if wide:
         table.add_column(" version", no_wrap=True, max_width=_LABEL)
-        table.add_column("predicts", no_wrap=True)
+        table.add_column("predicts")  # the only one that may be cut: numbers are whole or they are wrong
     for arm in _in_order(cohorts):
         row = _part(cohorts, arm)
         cells = list(_cells(plain(arm, 6), row))
         if wide:
             cells += [
                 Text(f" {versions_of(row, 1)}"),
-                Text(predictions_of(row)),
+                Text(predictions_of(row), no_wrap=True, overflow="ellipsis"),
             ]
         table.add_row(*cells)
     return Padding(table, (0, 0, 0, 2), expand=False)
@@ -312,7 +314,8 @@ def predictions_of(row: dict[str, Any]) -> str:
             return "(learning ranges)"
         return "(vectors)" if row.get("prediction_kind") == "vector" else ""
     most = sorted(predictions.items(), key=lambda item: (-item[1], item[0]))
-    shown = ", ".join(f"{plain(label, _LABEL) or '(empty)'} {100 * n / total:.0f} %" for label, n in most[:_TOP])
+    width = _RANGE if row.get("prediction_kind") == "numbers" else _LABEL
+    shown = ", ".join(f"{plain(label, width) or '(empty)'} {100 * n / total:.0f} %" for label, n in most[:_TOP])
     return f"{shown}, …" if len(most) > _TOP else shown
 
 

@@ -167,7 +167,7 @@ class Reconciliation:
         return {flag: balance.latest[-1].since(balance.latest[0]) for flag, balance in self._balances.items()}
 
     def compare(self, flags: Mapping[str, str], evidence: Evidence) -> bool:
-        """Takes one comparison in. `flags` maps a flag to its model. False if Envoy did not answer: that tells nothing."""
+        """Takes one comparison in. `flags` maps a flag to its model. False if Envoy did not answer: it told nothing."""
         now, last = evidence, self._last
         if now.before is None or now.after is None:
             return False

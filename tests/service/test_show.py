@@ -127,6 +127,27 @@ def test_a_wide_terminal_has_predictions_and_versions_in_the_row_of_the_cohort()
     assert not any(line.lstrip().startswith(("predicts", "version ")) for line in lines)
 
 
+@pytest.mark.parametrize("width", [132, 140, 170])
+def test_long_ranges_of_numbers_are_cut_before_any_number_of_the_cohort_is(width):
+    ranges = {f"-{n}.23457e-05 .. -{n}.23457e-06": 100 for n in range(1, 6)}
+    row = cohort(predictions=ranges, prediction_kind="numbers", learning=False)
+    lines = rendered(status({"cohorts": {"stable": row, "canary": row}}), width)
+    assert lines[4].startswith("  cohort requests   share fell back over   req/s  errors     p50     p95     p99")
+    assert lines[5].startswith("  stable      10k  95.0 %         0 1 min   41.5  0.12 %  3.1 ms  9.9 ms 45.4 ms")
+    assert lines[6].startswith("  canary ")
+    assert " -1.23457e-05 .. -1.23457e-06 " in lines[5]
+    assert lines[5].endswith("…")
+
+
+@pytest.mark.parametrize("width", [80, 170])
+def test_what_is_not_listed_is_told_in_a_word(width):
+    learning = cohort(predictions={}, prediction_kind="numbers", learning=True)
+    vectors = cohort(predictions={}, prediction_kind="vector", learning=False)
+    lines = rendered(status({"cohorts": {"stable": learning, "canary": vectors}}), width)
+    assert [line for line in lines if line.endswith(" (learning ranges)")] != []
+    assert [line for line in lines if line.endswith(" (vectors)")] != []
+
+
 def test_without_a_request_in_the_last_minute_the_row_is_of_all_and_says_so():
     lines = rendered(status({"cohorts": {"stable": cohort(last_minute=SILENT)}}))
     assert "  stable      10k  95.0 %         0 total      0  0.30 % 3.21 ms 12.3 ms  1.23 s" in lines
