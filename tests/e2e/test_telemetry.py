@@ -227,12 +227,14 @@ async def test_every_number_of_20000_requests_is_that_of_the_clients_own_record(
         assert row["kpis"] == {"accuracy": kpis(records, flag, right)}
         found = row["reconciliation"]
         assert 0 <= found.pop("decided") - wanted.assigned[flag] <= late
+        assert found.pop("since") <= found.pop("compared")
         assert found == {
             "assigned": wanted.assigned[flag],
             "served": wanted.served[flag],
             "lost": 0,
             "surplus": 0,
             "mismatched": 0,
+            "failed_open": sum(record.failed_open for record in records if record.ask.model == flag),
         }
     assert status["alerts"] == []
     metrics = tools.witness.metrics_of(system)
