@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -91,9 +92,10 @@ class Reconciler:
 
     async def _settle(self) -> None:
         """Returns after SETTLE_S seconds, of which neither Envoy nor this process stood still in the last ones."""
-        looked = [time.monotonic()]
+        began_s = time.monotonic()
+        looked = deque([began_s], maxlen=_QUIET_LOOKS + 1)
         quiet_s = _QUIET_LOOKS * _LOOK_S + LATE_S
-        while looked[-1] - looked[0] < SETTLE_S or looked[-1] - looked[-1 - _QUIET_LOOKS] > quiet_s:
+        while len(looked) <= _QUIET_LOOKS or looked[-1] - began_s < SETTLE_S or looked[-1] - looked[0] > quiet_s:
             await asyncio.sleep(_LOOK_S)
             with contextlib.suppress(EnvoyUnreachable):  # gone: it says nothing more
                 await self.admin.age_s()

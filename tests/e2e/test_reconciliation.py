@@ -298,6 +298,7 @@ async def test_no_more_is_missing_than_is_after_a_process_stood_still_for_a_whil
                 await traffic.more(100)
     for _ in range(2):
         compared = {name: row["compared"] for name, row in tools.witness.reconciled(system.status()).items()}
+        assert compared.keys() == FLAGS.keys()
         await asyncio.to_thread(until_compared_since, tools, system, compared)
     entries = sum(system.status()["access_log"]["envoys"].values())
     rows = tools.witness.reconciled(system.status()).values()

@@ -93,6 +93,13 @@ async def test_a_comparison_waits_until_envoy_has_answered_in_time_for_a_while(d
     assert desk.reconciler.status("digits")["lost"] == 0
 
 
+async def test_an_envoy_that_stands_still_at_the_first_look_is_waited_for_like_any_other(desk):
+    desk.admin.answers = [0, 0, 0.6]  # two to read the counters, and then the first look, which takes all the time
+    await desk.compare()
+    assert desk.admin.looks >= 2 + 1 + 4
+    assert desk.reconciler.status("digits")["lost"] == 0
+
+
 async def test_counters_that_come_late_are_not_compared(desk):
     desk.admin.answers = [0.6]
     await desk.compare()
