@@ -308,13 +308,12 @@ async def test_no_more_is_missing_than_is_after_a_process_stood_still_for_a_whil
 
 def until_compared_since(tools: Any, system: Any, compared: dict[str, str]) -> None:
     """Waits for a comparison that is later than these."""
-    tools.until(
-        lambda: all(
-            row["compared"] > compared[name] for name, row in tools.witness.reconciled(system.status()).items()
-        ),
-        "a later comparison",
-        COMPARED_WITHIN_S,
-    )
+
+    def later() -> bool:
+        rows = tools.witness.reconciled(system.status())
+        return rows.keys() == compared.keys() and all(row["compared"] > compared[name] for name, row in rows.items())
+
+    tools.until(later, "a later comparison", COMPARED_WITHIN_S)
 
 
 def until_compared_again(tools: Any, system: Any) -> None:
