@@ -174,7 +174,7 @@ class Reconciliation:
         # What one process or one Envoy did in its last moments nobody has read.
         anew = last is not None and now.processes != last.processes
         restarted_within = _another(now.before, now.after)
-        restarted = restarted_within or (last is not None and _another(last.after, now.before))
+        restarted = restarted_within or _another(last.after if last is not None else None, now.before)
         self._balances = {flag: self._balances.get(flag) or _Balance(deque()) for flag in flags}
         for flag, balance in self._balances.items():
             if anew:

@@ -114,6 +114,12 @@ def assert_found(found: dict[str, int], records: list[Any], **other: int) -> Non
     assert found == {"assigned": len(records) - late, "served": len(records)} | nothing | other
 
 
+def of_another_arm(astray: list[Any], found: dict[str, int]) -> str:
+    """The alert about requests that went elsewhere than decided."""
+    of = f"{len(astray)} of {found['decided']} requests {LATELY}"
+    return f"{of} were served by another arm than decided; see Envoy's routes"
+
+
 def told(system: Any) -> list[str]:
     """Every alarm so far."""
     return system.events("reconciliation")
@@ -131,11 +137,7 @@ async def test_a_forgotten_clear_route_cache_is_caught(tools, fresh, flags):
     astray = [record for record in heard if record.decided.cohort != record.served]
     found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(heard))
     assert_found(found, records, mismatched=len(astray))
-    sentence = (
-        f"{len(astray)} of {found['decided']} requests {LATELY} were served by another arm than decided; "
-        "see Envoy's routes"
-    )
-    assert_told(tools, system, before, "one", sentence)
+    assert_told(tools, system, before, "one", of_another_arm(astray, found))
     cohorts = system.status()["flags"]["one"]["cohorts"]
     assert cohorts["canary"]["mismatched"] == len(astray)
     assert cohorts["canary"]["fell_back"] == 0
@@ -162,11 +164,7 @@ async def test_a_swapped_route_is_caught(tools, fresh, flags):
     assert len(astray) > 50
     found = await asyncio.to_thread(until_alarmed, tools, system, "one", len(heard))
     assert_found(found, records, mismatched=len(astray))
-    sentence = (
-        f"{len(astray)} of {found['decided']} requests {LATELY} were served by another arm than decided; "
-        "see Envoy's routes"
-    )
-    assert_told(tools, system, before, "one", sentence)
+    assert_told(tools, system, before, "one", of_another_arm(astray, found))
     cohorts = system.status()["flags"]["one"]["cohorts"]
     assert cohorts["stable"]["mismatched"] == len(astray)
     assert cohorts["canary"]["fell_back"] == sum(record.served == "stable" for record in heard)
