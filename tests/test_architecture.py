@@ -85,7 +85,7 @@ traffic.tally         | core                                                    
 traffic.labels        |                                                               | aiohttp
 traffic.sending       | traffic                                                       | aiohttp
 traffic.running       | traffic                                                       | aiohttp
-traffic.showing       | traffic                                                       | rich
+traffic.showing       | statustable traffic                                           | rich
 traffic.command       | *                                                             | rich typer
 app                   | *                                                             | uvloop
 serve                 | *                                                             |

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from extproc.statustable import plain
 from extproc.traffic.tally import NO_ANSWER, Tally
 
 BEHIND_MS = 100
@@ -37,7 +38,7 @@ def print_summary(document: dict[str, Any], console: Console) -> None:
     if document["cohorts"] or document["errors"]:
         console.print(table_of(document), soft_wrap=True)
     for line in lines_of(document):
-        console.print(Text(plain(line[:MAX_LINE])), soft_wrap=True)
+        console.print(Text(plain(line, MAX_LINE)), soft_wrap=True)
 
 
 def table_of(document: dict[str, Any]) -> Table:
@@ -49,17 +50,12 @@ def table_of(document: dict[str, Any]) -> Table:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
         share = f"{row['requests'] / document['answered']:.1%}"
         latencies = (f"{ms:.1f}" for ms in row["latency_ms"].values())
-        name = Text(plain(cohort[:MAX_NAME]))
+        name = Text(plain(cohort, MAX_NAME))
         table.add_row(name, f"{row['requests']:,}", share, f"{row['errors']:,}", *latencies, accuracy)
     unanswered = document["statuses"].get(NO_ANSWER, 0)
     if unanswered:
         table.add_row(NO_ANSWER, f"{unanswered:,}", "-", f"{unanswered:,}", "-", "-", "-", "-")
     return table
-
-
-def plain(text: str) -> str:
-    """Text of a server as it may be printed: without control characters."""
-    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def lines_of(document: dict[str, Any]) -> list[str]:
