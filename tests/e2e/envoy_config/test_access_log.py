@@ -215,7 +215,7 @@ async def test_a_canary_that_hangs_is_an_error_at_the_deadline(logged, a_model):
         outcome = await log.infer("canary")
         assert (outcome.status, outcome.deadline, outcome.error, outcome.aborted) == (504, True, "deadline", False)
         assert (outcome.arm, outcome.served, outcome.upstream_ms, outcome.eligible) == ("canary", "", None, True)
-        assert outcome.total_ms >= 500
+        assert outcome.total_ms >= 490  # Envoy counts a timer from its loop's last look at the clock, just before
 
 
 async def test_a_canary_that_stalls_in_the_middle_of_its_answer_is_an_error_at_the_deadline(logged, a_model):
