@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import re
+import select
 import socket
 import threading
 
@@ -32,16 +33,24 @@ class Server:
         self.socket = socket.socket(family, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         self.socket.bind(address)
-        self.socket.setblocking(False)
+        self.family = family
         self.port = self.socket.getsockname()[1] if family != socket.AF_UNIX else 0
         self.address = f"127.0.0.1:{self.port}"
 
     def packets(self):
-        """Everything that has arrived: on loopback a packet is there when `send` returns."""
+        """Everything that was sent: a busy kernel hands packets over after `send` has returned, but in their order.
+
+        So behind them comes one of our own, which is empty. On a unix socket they are there at once.
+        """
         found = []
+        if self.family == socket.AF_UNIX:
+            self.socket.setblocking(False)
+        else:
+            self.socket.settimeout(30)
+            self.socket.sendto(b"", ("127.0.0.1", self.port))
         with contextlib.suppress(BlockingIOError):
-            while True:
-                found.append(self.socket.recv(65536))
+            while packet := self.socket.recv(65536):
+                found.append(packet)
         return found
 
     def lines(self):
@@ -58,7 +67,7 @@ class Server:
 
     async def next_lines(self):
         """What `lines` says once something has arrived."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             readable = asyncio.Event()
             loop = asyncio.get_running_loop()
             loop.add_reader(self.socket, readable.set)
@@ -369,13 +378,28 @@ def test_an_address_of_no_known_form_is_refused_in_one_line(address):
         Metrics(address)
 
 
-def test_lines_lost_to_a_dead_port_are_reported_once_a_listener_is_there(serve, measure):
+def until_refused(outlet):
+    """What sends through the outlet, and returns when the kernel has its answer, which may come later than `send`."""
+    send = outlet.sendto
+
+    def sendto(packet, address):
+        send(packet, address)
+        refusal = select.poll()
+        refusal.register(outlet._socket, 0)
+        assert refusal.poll(30_000)
+
+    return sendto
+
+
+def test_lines_lost_to_a_dead_port_are_reported_once_a_listener_is_there(serve, measure, monkeypatch):
     server = serve(Dialect.DOGSTATSD)
     metrics = measure(server.address)
     server.socket.close()
-    for _ in range(5):
-        metrics.count("lost")
-        metrics.flush()
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics._outlet, "sendto", until_refused(metrics._outlet))
+        for _ in range(5):
+            metrics.count("lost")
+            metrics.flush()
     back = serve(Dialect.DOGSTATSD, address=("127.0.0.1", server.port))
     metrics.count("found")
     metrics.flush()
@@ -455,6 +479,15 @@ def test_a_name_is_looked_up_off_the_callers_path_and_nothing_is_lost_meanwhile(
 
 def test_a_name_that_does_not_resolve_is_tried_again_and_its_loss_reported(serve, measure, monkeypatch):
     server = serve(Dialect.DOGSTATSD)
+
+    real = socket.getaddrinfo
+
+    def no_such_name(host, *args, **kwargs):  # a name server that is away would take its time to say so
+        if host == "statsd.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
     monkeypatch.setattr(datagrams, "_LOOK_UP_RETRY_S", 0.0)
     metrics = measure(f"statsd.invalid:{server.port}")
     metrics.count("a")
@@ -476,7 +509,7 @@ def test_ipv6_addresses_are_read(measure):
     except OSError:
         pytest.skip("no IPv6 on this machine")
     with listener:
-        listener.settimeout(5)
+        listener.settimeout(30)
         metrics = measure(f"[::1]:{listener.getsockname()[1]}")
         metrics.count("a")
         metrics.flush()
