@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,20 @@ def birth_of(path: Path | None) -> tuple[int, int] | None:
 
 def free_socket(path: Path) -> None:
     """Removes a socket file that nobody listens at any more. Raises OSError if somebody does, or it is no socket."""
-    if not path.exists():
+    try:  # one look: who listened there may remove it meanwhile
+        mode = path.stat().st_mode
+    except FileNotFoundError:
         return
-    if not path.is_socket():  # connecting to one would be refused just as a stale socket does
+    if not stat.S_ISSOCK(mode):  # connecting to one would be refused just as a stale socket does
         raise OSError(f"cannot listen at {path}: a file that is no socket is there; choose another path")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)  # a full backlog: somebody listens, if slowly
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
+            path.unlink(missing_ok=True)
+            return
+        except FileNotFoundError:
             return
         except TimeoutError:
             pass

@@ -20,7 +20,7 @@ from extproc.wire.replies import OTHER_PHASES, replies
 MODELS = {"digits": "/v2/models/digits/"}
 PROCESS = "/envoy.service.ext_proc.v3.ExternalProcessor/Process"
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
-DEADLINE_S = 20
+DEADLINE_S = 30
 
 
 @pytest.fixture
@@ -175,6 +175,19 @@ async def test_what_is_no_socket_is_never_removed(tmp_path, make):
     assert path.exists()
 
 
+def test_a_socket_that_its_owner_removes_meanwhile_is_in_nobodys_way(tmp_path, monkeypatch):
+    path = tmp_path / "draining"
+    connect = socket.socket.connect
+
+    def too_late(probe, address):
+        path.unlink()
+        connect(probe, address)
+
+    with socket.create_server(str(path), family=socket.AF_UNIX):
+        monkeypatch.setattr(socket.socket, "connect", too_late)
+        free_socket(path)
+
+
 async def test_a_folder_for_the_socket_is_made_for_the_owner_alone(answer, tmp_path):
     path = tmp_path / "run" / "perch" / "s"
     transport = GrpcioTransport(answer, lambda: True)
@@ -235,7 +248,7 @@ async def test_a_watch_ends_when_the_server_stops(serving, channel):
     watch = channel.unary_stream(WATCH)(b"")
     assert await watch.read() == b"\x08\x01"
     async with asyncio.timeout(DEADLINE_S):
-        await serving.transport.stop(10)
+        await serving.transport.stop(DEADLINE_S / 2)
         assert await watch.read() in {b"\x08\x02", grpc.aio.EOF}
     watch.cancel()
 
