@@ -105,7 +105,7 @@ class Client:
 
     def process(self, *messages: bytes) -> list[bytes]:
         """The replies on one stream to these messages."""
-        return list(self.channel.stream_stream(PROCESS)(iter(messages), timeout=10, wait_for_ready=True))
+        return list(self.channel.stream_stream(PROCESS)(iter(messages), timeout=DEADLINE_S, wait_for_ready=True))
 
     def ask(self, user: str | None = "alice", *headers: tuple[bytes, bytes], path: bytes = PATH) -> Reply:
         """What one user gets."""
@@ -117,7 +117,7 @@ class Client:
         """1 serving, 2 not serving. Raises grpc.RpcError."""
         name = service.encode()
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
-        answer = self.channel.unary_unary(HEALTH + "Check")(request, timeout=10, wait_for_ready=True)
+        answer = self.channel.unary_unary(HEALTH + "Check")(request, timeout=DEADLINE_S, wait_for_ready=True)
         return answer[1]
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from extproc.wire.accesslog_pb2 import (
     StreamAccessLogsMessage,
 )
 
-DEADLINE_S = 20.0
+DEADLINE_S = 30.0
 
 
 def message(*ids, node=None):

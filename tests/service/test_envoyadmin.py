@@ -13,7 +13,7 @@ import pytest
 from extproc.envoyadmin import EnvoyAdmin, EnvoyUnreachable, Host
 from extproc.envoyfile import envoy_binary
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

@@ -189,8 +189,9 @@ def test_a_deleted_file_keeps_the_last_good_ruleset(perch, service):
     perch.folder.flags.unlink()
     stays(perch, service, version, before=rejected)
     assert "there is no such file" in perch.events("flags_rejected")[-1]
+    restored = len(perch.events("flags_restored"))
     perch.folder.put(content)
-    service.wait_until(lambda: perch.events("flags_restored"), "told that the file is back")
+    perch.wait_for_event("flags_restored", restored + 1)
     assert perch.version() == version
 
 
@@ -249,8 +250,8 @@ def test_a_file_that_cannot_be_read_keeps_the_last_good_ruleset(perch, service):
     version, rejected = perch.version(), len(perch.events("flags_rejected"))
     perch.folder.flags.unlink()
     perch.folder.flags.mkdir()
-    service.wait_until(
-        lambda: any("cannot be read" in said for said in perch.events("flags_rejected")[rejected:]),  # "no such file" may come first
+    service.wait_until(  # "no such file" may come first
+        lambda: any("cannot be read" in said for said in perch.events("flags_rejected")[rejected:]),
         f"the rejection is told:\n{perch.log()}",
     )
     stays(perch, service, version, before=rejected)
