@@ -99,7 +99,7 @@ async def test_reports_arrive_at_the_real_api_and_are_joined():
         client.report("revenue", 2.5, unit="u", flag="digits")
         client.report("revenue", 2.5, unit="u", flag="digits")
         client.report("revenue", 2.5, unit="u", flag="nope")
-        assert await asyncio.to_thread(client.flush)
+        assert await asyncio.to_thread(client.flush, DEADLINE_S)
         assert client.sent == Sent(accepted=5, refused=1)
     await runner.cleanup()
     sums = {key.name: moments for key, moments in kpis.totals().items()}
@@ -155,8 +155,8 @@ def test_closing_waits_for_what_is_queued_and_no_longer_than_it_was_told(nowhere
     with Server(200) as server:
         client = OutcomesClient(server.url, every_s=3600)
         client.report("accuracy", 1, request_id="r-1")
-        client.close()
-        client.close()
+        client.close(DEADLINE_S)
+        client.close(DEADLINE_S)
         assert (len(server.outcomes), client.sent) == (1, Sent(accepted=1))
     client = OutcomesClient(nowhere)
     client.report("accuracy", 1, request_id="r-1")
@@ -198,7 +198,7 @@ def test_numbers_of_other_libraries_are_numbers():
     with Server(200) as server, OutcomesClient(server.url) as client:
         for value in (np.float32(0.5), np.int64(3), Decimal("0.25"), np.bool_(1)):
             assert client.report("accuracy", value, request_id="r")
-        client.flush()
+        client.flush(DEADLINE_S)
         assert [outcome["value"] for outcome in server.outcomes] == [0.5, 3, 0.25, 1]
 
 
@@ -207,7 +207,7 @@ def test_a_unit_gets_a_key_of_its_own_and_a_given_key_stays():
         for more in ({"unit": "u", "flag": "digits"}, {"unit": "u", "flag": "digits"}, {"request_id": "r", "key": "k"}):
             client.report("revenue", 1, **more)
         client.report("revenue", 1, request_id="r")
-        client.flush()
+        client.flush(DEADLINE_S)
         first, second, third, fourth = server.outcomes
     assert first["key"] != second["key"]
     assert third == {"name": "revenue", "value": 1, "request_id": "r", "key": "k"}
@@ -218,7 +218,7 @@ def test_reports_leave_in_batches_with_the_token():
     with Server(200) as server, OutcomesClient(server.url + "/perch/", token="s3cret", batch=100) as client:
         for n in range(250):
             client.report("accuracy", 1, request_id=f"r-{n}")
-        client.flush()
+        client.flush(DEADLINE_S)
         assert len(server.outcomes) == 250
         assert max(len(outcomes) for _, _, outcomes in server.asked) == 100
         path, headers, _ = server.asked[0]
@@ -250,6 +250,7 @@ def test_what_is_no_url_is_told_at_once(url):
 EXITS = """
 import sys
 from extproc.client import OutcomesClient
+OutcomesClient.close.__defaults__ = (30.0,)  # in five seconds a machine that stands still delivers nothing
 client = OutcomesClient(sys.argv[1], every_s=3600)
 client.report("accuracy", 1, request_id="r-1")
 """
@@ -258,10 +259,10 @@ import os, sys
 from extproc.client import OutcomesClient
 client = OutcomesClient(sys.argv[1])
 client.report("accuracy", 1, request_id="parent")
-client.flush()
+client.flush(30)
 pid = os.fork()
 client.report("accuracy", 1, request_id="parent-again" if pid else "child")
-assert client.flush()
+assert client.flush(30)
 if pid:
     assert os.waitpid(pid, 0)[1] == 0
 else:

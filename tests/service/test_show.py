@@ -385,7 +385,8 @@ class Control:
 
 
 @pytest.fixture
-async def control(folder):
+async def control(folder, monkeypatch):
+    monkeypatch.setattr(show, "ANSWER_WITHIN", show.aiohttp.ClientTimeout(total=60))  # this process may stand still
     made = Control()
     application = web.Application()
     application.add_routes([web.get("/v1/status", made.status)])
@@ -445,7 +446,7 @@ def without_escapes(text):
 
 
 async def until(condition):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  what is watched tells nobody
             await asyncio.sleep(0.01)
 
@@ -479,11 +480,19 @@ async def test_nobody_there_at_the_start_is_an_error_also_when_watching():
 # --- the command, as a process ---
 
 
+PATIENT = """
+import aiohttp
+from extproc import cli, show
+show.ANSWER_WITHIN = aiohttp.ClientTimeout(total=60)
+cli.app()
+"""
+
+
 async def watch(control, stdout, **environment):
-    """`perch status --watch` with this standard output."""
+    """`perch status --watch` with this standard output, which bears that the test stands still for a while."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PERCH_")} | {"TERM": "xterm"}
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "extproc", "status", "--watch", "--control-port", control.address.rpartition(":")[2]),
+        *(sys.executable, "-c", PATIENT, "status", "--watch", "--control-port", control.address.rpartition(":")[2]),
         cwd=ROOT,
         env=own | environment,
         stdin=asyncio.subprocess.DEVNULL,
@@ -496,7 +505,7 @@ async def watch(control, stdout, **environment):
 async def test_in_a_pipe_every_look_comes_at_once_as_plain_text(control, environment):
     process = await watch(control, asyncio.subprocess.PIPE, **environment)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             looks = [await process.stdout.readuntil(b"\n\n2") for _ in range(2)]
             control.code = 500
             while b"control at" not in (line := await process.stdout.readline()) and b"is not perch" not in line:
@@ -531,7 +540,7 @@ async def test_a_terminal_of_twenty_lines_shows_the_alerts_and_says_what_is_cut(
     os.close(theirs)
     screen = b""
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while screen.count(b"shows all") < 2:
                 screen += await asyncio.to_thread(os.read, ours, 65536)
     finally:
