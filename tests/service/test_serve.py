@@ -93,7 +93,7 @@ def test_without_any_good_file_everybody_is_stable_and_it_is_not_ready(folder, l
     assert perch.client().health() == 2
     assert perch.ask().what == ("stable", "DEFAULT")
     assert perch.ask().metadata["model"] == "digits"
-    folder.flags.write_text("version: 1\nflags: {")
+    folder.put("version: 1\nflags: {")
     perch.wait_for_event("flags_rejected", 2)
     assert perch.client().health() == 2
     assert perch.put(service.flags_yaml(100)).what == ("canary", "SPLIT")
@@ -381,7 +381,7 @@ def test_statsd_is_told_the_decisions_the_ruleset_and_the_reloads(folder, launch
     service.wait_until(lambda: statsd.total("perch.decision.reload", result="accepted") == 1, "the reload")
     service.wait_until(lambda: statsd.last("perch.decision.canary_percent", **tags) == 100, "the percentage")
     assert statsd.last("perch.decision.ruleset", version=version) == 1
-    folder.flags.write_text("version: 1\nflags: [")
+    folder.put("version: 1\nflags: [")
     service.wait_until(lambda: statsd.total("perch.decision.reload", result="rejected") == 1, "the rejection")
     perch.put(service.flags_yaml("12.345", more="enabled: false"))
     service.wait_until(lambda: statsd.last("perch.decision.canary_percent", **tags) == 0, "switched off counts as 0")
@@ -407,7 +407,7 @@ def test_a_statsd_that_is_not_there_costs_no_request(folder, launch, service):
 
 def test_garbage_on_a_stream_ends_neither_the_stream_nor_the_server(perch, service):
     good = service.request_bytes([(b"x-user-id", b"alice")])
-    replies = perch.client().process(b"\xff" * 100, good, b"", os.urandom(5000), good)
+    replies = perch.client().process(b"\xff" * 100, good, b"", random.Random(1).randbytes(5000), good)
     assert [service.decode(reply).what for reply in replies][1::3] == [("canary", "SPLIT")] * 2
     assert all(service.decode(replies[i]).what == ("stable", "ERROR") for i in (0, 2, 3))
 

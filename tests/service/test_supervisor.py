@@ -54,7 +54,7 @@ class Events(list):
 
     async def until(self, kind, name, times=1):
         """The `times`-th event of this kind and process."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 found = [event for event in self if (event.kind, event.process) == (kind, name)]
                 if len(found) >= times:
@@ -106,7 +106,7 @@ def alive(pid):
 
 
 async def until_dead(*pids):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while any(alive(pid) for pid in pids):  # noqa: ASYNC110  the kernel has no event for a stranger's death
             await asyncio.sleep(0.01)
 
@@ -292,7 +292,7 @@ async def test_stop_while_a_restart_is_pending_does_not_wait_for_it(process, sup
     await supervisor.start()
     os.kill(supervisor.pids()["a"], signal.SIGKILL)
     await events.until(EventKind.RESTARTING, "a")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await supervisor.stop()
     assert events.of("a") == ["started", "ready", "died", "restarting"]
 
@@ -356,7 +356,7 @@ async def test_a_program_has_its_own_session_no_input_and_only_the_given_environ
 @linux_only
 async def test_a_program_does_not_inherit_that_python_ignores_sigpipe(process, supervise, tmp_path):
     supervisor = supervise(
-        process("a", f"grep SigIgn /proc/self/status > {tmp_path}/ignored; touch {{up}}; exec sleep 9")
+        process("a", f"grep SigIgn /proc/self/status > {tmp_path}/ignored; touch {{up}}; exec sleep 1000")
     )
     await supervisor.start()
     mask = int((tmp_path / "ignored").read_text().split()[1], 16)
