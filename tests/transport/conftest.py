@@ -118,14 +118,14 @@ class Envoy:
     process: subprocess.Popen
 
     def stats(self, wanted: str) -> dict[str, int]:
-        with urllib.request.urlopen(f"http://{self.admin}/stats?format=json&filter={wanted}", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{self.admin}/stats?format=json&filter={wanted}", timeout=60) as response:
             return {stat["name"]: stat.get("value", 0) for stat in json.load(response)["stats"] if "name" in stat}
 
     def healthy(self, servers: int = 1) -> bool:
         return self.stats("cluster.perch.membership_healthy").get("cluster.perch.membership_healthy") == servers
 
 
-def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = 60.0) -> None:
     """Blocks until the condition holds; never on the event loop's thread."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
@@ -151,13 +151,13 @@ def running_envoy(folder: Path, *sockets: Path, graceful: bool) -> Iterator[Envo
     try:
         wait_until(lambda: admin_file.exists() and ":" in admin_file.read_text(), "Envoy's admin address")
         admin = admin_file.read_text().strip()
-        wait_until(lambda: b"LIVE" in urllib.request.urlopen(f"http://{admin}/ready", timeout=5).read(), "Envoy ready")
-        with urllib.request.urlopen(f"http://{admin}/listeners?format=json", timeout=5) as response:
+        wait_until(lambda: b"LIVE" in urllib.request.urlopen(f"http://{admin}/ready", timeout=60).read(), "Envoy ready")
+        with urllib.request.urlopen(f"http://{admin}/listeners?format=json", timeout=60) as response:
             (listener,) = json.load(response)["listener_statuses"]
         yield Envoy(admin, listener["local_address"]["socket_address"]["port_value"], process)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ class Socket:
     def send(self, *pieces: bytes) -> None:
         self.writer.write(b"".join(pieces))
 
-    async def read_until(self, wanted: Callable[[Frame], bool], deadline_s: float = 20.0) -> list[Frame]:
+    async def read_until(self, wanted: Callable[[Frame], bool], deadline_s: float = 60.0) -> list[Frame]:
         """Frames up to the first wanted one; fails at the end of the stream or the deadline."""
         got: list[Frame] = []
         async with asyncio.timeout(deadline_s):
@@ -364,7 +364,7 @@ class Socket:
                 if any(map(wanted, new)):
                     return got
 
-    async def read_to_end(self, deadline_s: float = 20.0) -> list[Frame]:
+    async def read_to_end(self, deadline_s: float = 60.0) -> list[Frame]:
         async with asyncio.timeout(deadline_s):
             return self.wire.read(await self.reader.read(-1))
 

@@ -11,7 +11,7 @@ from extproc.transport.fastlane import FastLane
 
 
 def _get(port: int, requests: int) -> list[tuple[int, str]]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     got = []
     for number in range(requests):
         connection.request("GET", f"/v2/models/digits/infer?{number}", headers={"x-user-id": f"u{number}"})
@@ -80,8 +80,8 @@ async def test_no_request_is_lost_when_one_of_two_servers_stops_under_load(tmp_p
             return [one for batch in batches for one in batch], envoy.stats("ext_proc")
 
     client = asyncio.create_task(asyncio.to_thread(use))
-    await asyncio.to_thread(loaded.wait, 30)
-    await lanes[0].stop(5.0)
+    await asyncio.to_thread(loaded.wait, 120)
+    await lanes[0].stop(60)
     stopped.set()
     got, stats = await client
     await lanes[1].stop(1.0)

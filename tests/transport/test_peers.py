@@ -97,7 +97,7 @@ async def test_grpcio_checks_and_watches_health(started):
     watch = channel.unary_stream(HEALTH + "Watch")(b"")
     assert await watch.read() == b"\x08\x01"
     serving[0] = False
-    assert await asyncio.wait_for(watch.read(), 5) == b"\x08\x02"
+    assert await asyncio.wait_for(watch.read(), 60) == b"\x08\x02"
     assert await check(b"") == b"\x08\x02"
     watch.cancel()
     unknown = channel.unary_stream(HEALTH + "Watch")(b"\x0a\x05other")
@@ -121,7 +121,7 @@ class H2Client:
     async def exchange(self, until) -> list:
         """Sends what is pending and reads until an event is wanted; gives back windows by a few bytes at a time."""
         self.writer.write(self.h2.data_to_send())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not any(until(event) for event in self.events):
                 data = await self.reader.read(65_536)
                 assert data, f"closed after {self.events}"
@@ -233,7 +233,7 @@ async def run(*command: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
-    output, _ = await asyncio.wait_for(process.communicate(), 30)
+    output, _ = await asyncio.wait_for(process.communicate(), 60)
     return output.decode(errors="replace")
 
 
