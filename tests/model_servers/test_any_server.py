@@ -3,12 +3,13 @@
 import contextlib
 import http.client
 import json
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,14 @@ def _plain_server(answer, *options):
 
 
 def _free_ports(count):
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in held]
+    """Outside the range from which others are given theirs before `perch up` has taken these."""
+    found = set()
+    while len(found) < count:
+        port = random.randrange(10_240, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.add(port)
+    return found
 
 
 @pytest.fixture
@@ -63,7 +69,7 @@ def listener(tmp_path):
 
 
 def _ask(port, user):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("POST", "/predict/x", b"{}", {"x-user-id": user})
         response = connection.getresponse()
@@ -74,14 +80,24 @@ def _ask(port, user):
         connection.close()
 
 
+ARMS = {("old", "stable"), ("new", "canary")}
+
+
+def _arms(asked):
+    """Who got which answer of which cohort."""
+    arms = {}
+    for user, (_, answer, headers) in asked.items():
+        arms.setdefault((answer, headers.get("x-model-cohort")), []).append(user)
+    return arms
+
+
 def test_two_plain_servers_split_the_users_and_keep_what_headers_they_send(listener):
     users = [f"user-{number}" for number in range(40)]
-    for _ in range(WAIT_S * 4):  # until the canary is warm and gets its users
-        if any(_ask(listener, user)[1] == "new" for user in users):
-            break
-        threading.Event().wait(0.25)
-    first = {user: _ask(listener, user) for user in users}
-    again = {user: _ask(listener, user) for user in users}
+    # Until the canary is warm and gets its users, and nothing has stood still for two rounds, which others make up for.
+    end_s, first, again = time.monotonic() + WAIT_S, {}, {}
+    while time.monotonic() < end_s and (_arms(first) != _arms(again) or _arms(again).keys() != ARMS):
+        time.sleep(0.25)
+        first, again = ({user: _ask(listener, user) for user in users} for _ in range(2))
     assert all(status == 200 for status, _, _ in again.values())
     assert [answer for _, answer, _ in first.values()] == [answer for _, answer, _ in again.values()]
     assert {answer for _, answer, _ in again.values()} == {"old", "new"}

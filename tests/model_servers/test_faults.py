@@ -89,7 +89,7 @@ def test_added_latency_is_really_added(faulty_server, pixels, faults):
     _set(faulty_server, **faults)
     began_s = time.monotonic()
     assert faulty_server.infer(pixels(1)).status == 200
-    assert time.monotonic() - began_s >= 0.2
+    assert time.monotonic() - began_s >= 0.199  # uvloop counts whole milliseconds
 
 
 def test_while_one_request_is_held_by_its_added_latency_others_go_on(faulty_server, pixels):
