@@ -33,14 +33,14 @@ WRK = """
     import sys, urllib.request
     for i in range(20):
         request = urllib.request.Request(sys.argv[-1], headers={{"x-user-id": f"user-{{i}}"}})
-        assert urllib.request.urlopen(request, timeout=5).status == 200
+        assert urllib.request.urlopen(request, timeout=60).status == 200
     print("  20 requests in 1.00s, 2.40KB read{complaint}\\nRequests/sec:     20.00")
 """
 H2LOAD = """
     import sys, urllib.request
     log = [part.partition("=")[2] for part in sys.argv if part.startswith("--log-file=")]
     for i in range(20):
-        urllib.request.urlopen(sys.argv[-1], timeout=5).read()
+        urllib.request.urlopen(sys.argv[-1], timeout=60).read()
     for name in log:
         open(name, "w").write("".join(f"1\\t200\\t{i + 1}\\n" for i in range(100)))
     print("finished in 1.00s, 20.00 req/s, 1KB/s")
@@ -86,10 +86,10 @@ def run_bench(path: Path | str, *options: str) -> subprocess.CompletedProcess:
 
 
 def run_bench_in_time(path: Path | str, *options: str) -> subprocess.CompletedProcess:
-    """The same, again where the machine was so busy that a server was late for Envoy, which fails a bench."""
+    """The same, again where a busy machine made a server late for Envoy, or Envoy for wrk, which fails a bench."""
     for _ in range(TRIES):
         done = run_bench(path, *options)
-        if "requests through without an answer" not in done.stderr:
+        if not re.search(r"requests through without an answer|Socket errors: .* timeout [1-9]", done.stderr):
             break
     return done
 
