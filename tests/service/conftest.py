@@ -33,7 +33,7 @@ digits: {prefix: /v2/models/digits/, stable: [unix:d-s.sock], canary: [unix:d-c.
 wine: {prefix: /v2/models/wine/, stable: [unix:w-s.sock], canary: [unix:w-c0.sock, unix:w-c1.sock], min_healthy: 2}
 """
 TOKEN = "correct-horse-battery"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 def flags_yaml(canary: object = 5, *, salt: str = "digits", more: str = "") -> str:
@@ -223,7 +223,7 @@ class Perch:
 
     def events(self, kind: str) -> list[str]:
         """The texts of the events of this kind that were told so far."""
-        return re.findall(rf" serve: {kind}: (.*)", self.log())
+        return re.findall(rf" serve: {kind}: (.*)\n", self.log())
 
     def client(self, worker: int = 0) -> Client:
         address = f"unix:{self.sockets[worker]}"

@@ -29,7 +29,7 @@ from extproc.core.schema import parse
 from extproc.flagyaml import read_document
 from extproc.modelsfile import load_models
 
-DEADLINE_S = 30
+DEADLINE_S = 60
 DIGITS, WINE = "digits", "wine"
 
 
