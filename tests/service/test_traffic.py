@@ -300,7 +300,7 @@ async def test_what_waits_when_it_is_stopped_is_not_sent_any_more(listener, monk
     async with aiohttp.ClientSession() as session:
         sender = sending.Sender(session, f"{listener.url}/v2/models/digits/infer", load_digits(), 2)
         sent = asyncio.create_task(sender.send(islice(feed, 20), stop))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while len(listener.requests) < 2 or sender._queue.qsize() < 18:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         stop.set()
@@ -337,7 +337,7 @@ async def test_without_labels_nobody_asks_control(listener):
 async def test_labels_wait_for_their_time(listener):
     where = ("--url", listener.url, "--control", listener.control_url, "--label-delay", 3600, "--requests", 5, "--json")
     process = await start(*where, "--rate", 1000)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while len(listener.requests) < 5:  # noqa: ASYNC110  another process is waited for
             await asyncio.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -366,7 +366,7 @@ async def test_control_that_stays_away_in_the_end_is_given_up(monkeypatch):
         waiting.add("id-1", 0.0, correct=True)
         waiting.add("", 0.0, correct=True)
         waiting.close()
-        await asyncio.wait_for(waiting.run(), 30)
+        await asyncio.wait_for(waiting.run(), 60)
     assert waiting.plain()["unsent"] == 2
     assert waiting.problem.startswith("control does not answer at http://127.0.0.1:1 (")
 
@@ -474,7 +474,7 @@ async def test_ctrl_c_sums_up_also_what_was_under_way(listener, number):
     listener.answer = every_third_hangs
     where = ("--url", listener.url, "--control", listener.control_url, "--rate", 500, "--seconds", 3600, "--json")
     process = await start(*where, "--label-delay", 0, "--connections", connections)
-    await asyncio.wait_for(all_held.wait(), 30)
+    await asyncio.wait_for(all_held.wait(), 60)
     process.send_signal(number)
     code, out, err = await ended(process)
     found = json.loads(out)
