@@ -3,12 +3,14 @@
 The request's header `x-do` is a JSON object. `status` is the answer's (200), `after` the seconds until it (0);
 `version`, `predictions` and `count` become the answer's headers; with `hang` there is no answer, with `part` only its
 head.
-Every answer says in `x-told-arm` who gave it, and in `x-told-cohort` which cohort the request was said to be in.
+Every answer says in `x-told-arm` who gave it, and in `x-told-cohort` which cohort the request was said to be in. For a
+request without an answer a line with its id and that cohort goes to a file beside the socket, `ARM.hung`.
 """
 
 import asyncio
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 HEADERS = {"version": "x-model-version", "predictions": "x-model-prediction", "count": "x-model-prediction-count"}
@@ -47,6 +49,8 @@ class Obedient(asyncio.Protocol):
         """What the request asked for, now or later."""
         do = json.loads(headers.get("x-do", "{}"))
         if "hang" in do:
+            with Path(sys.argv[1]).with_suffix(".hung").open("a") as hung:
+                hung.write(f"{headers['x-request-id']} {headers.get('x-model-cohort', '')}\n")
             return
         lines = [f"HTTP/1.1 {do.get('status', 200)} As-Told", f"x-told-arm: {sys.argv[2]}", "content-length: 2"]
         lines += [f"{name}: {do[key]}" for key, name in HEADERS.items() if key in do]

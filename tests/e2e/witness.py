@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote
@@ -117,8 +117,8 @@ class Record:
 
     @property
     def failed_open(self) -> bool:
-        """Whether the model server was told no cohort: perch was not heard."""
-        return self.served is not None and "x-told-cohort" not in self.headers
+        """Whether the model server was told no cohort: perch was not heard. Of one that hung see `Servers.hung`."""
+        return ("x-hung" in self.headers or self.served is not None) and "x-told-cohort" not in self.headers
 
     @property
     def error(self) -> str:
@@ -147,7 +147,9 @@ class Record:
         if shown is None:
             return None
         items = shown.split(",")
-        return unquote(items[(self.decided.unit_hash or 0) % min(int(count or len(items)), 32)])
+        # Where perch was not heard, nobody knows a hash.
+        drawn = 0 if self.failed_open else self.decided.unit_hash or 0
+        return unquote(items[drawn % min(int(count or len(items)), 32)])
 
     @property
     def bounds_ms(self) -> tuple[float, float]:
@@ -344,6 +346,17 @@ class Servers:
         """Starts the server of an arm, also in the place of one that was killed."""
         program = [sys.executable, "-I", str(Path(__file__).with_name("obedient.py"))]
         self.processes[arm] = subprocess.Popen([*program, str(self.place / f"{arm}.sock"), arm])
+
+    def hung(self, records: Iterable[Record]) -> list[Record]:
+        """The records, of which those without an answer get what the model server was told, as if it had answered."""
+        lines = [line for path in self.place.glob("*.hung") for line in path.read_text().splitlines()]
+        told = {
+            one: {"x-hung": "1"} | ({"x-told-cohort": cohort} if cohort else {})
+            for one, cohort in (line.split(" ") for line in lines)
+        }
+        return [
+            replace(one, headers=one.headers | told.get(one.headers.get("x-request-id", ""), {})) for one in records
+        ]
 
     def kill(self, arm: str) -> None:
         """Ends it at once; its socket stays and refuses."""
