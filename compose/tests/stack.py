@@ -50,14 +50,14 @@ def flag_file(canary: float) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, outside the range from which clients' own ports are drawn."""
-    found: list[int] = []
+    """Different ports that nobody uses, outside the range from which clients' own ports are drawn."""
+    found: set[int] = set()
     while len(found) < count:
         port = random.randrange(10_240, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("0.0.0.0", port))
-            found.append(port)
-    return found
+            found.add(port)
+    return [*found]
 
 
 def example() -> bytes:

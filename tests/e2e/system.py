@@ -39,14 +39,14 @@ def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S)
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses, outside the range from which clients' own ports are drawn."""
-    found: list[int] = []
+    """Different ports of 127.0.0.1 that nobody uses, outside the range from which clients' own ports are drawn."""
+    found: set[int] = set()
     while len(found) < count:
         port = random.randrange(10_240, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
+            found.add(port)
+    return [*found]
 
 
 @dataclass
@@ -260,7 +260,7 @@ class System:
 
     def assert_nothing_left(self) -> None:
         """No process, no socket, no temporary file, no listening port."""
-        until(lambda: not self.left_processes(), "the end of every process", 15)
+        until(lambda: not self.left_processes(), "the end of every process")
         assert [str(path) for path in self.temporary.rglob("*")] == []
         for port in (self.port, self.control_port, self.admin_port):
             with socket.socket() as probe:

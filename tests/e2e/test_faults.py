@@ -199,7 +199,10 @@ def bursts(system: Any, *roles: str) -> Iterator[None]:
 
 
 async def test_with_a_thousand_connections_perch_answers_for_every_one(tools, system):
-    """No limit of Envoy's may stand in the way. On a busy machine perch may be late, so it may try again."""
+    """No limit of Envoy's may stand in the way. On a busy machine perch may be late, so it may try again.
+
+    So late that Envoy gives up its connection or takes perch for dead, it is asked for no time that could run out.
+    """
     await asyncio.to_thread(system.until_settled)
     users = [f"user-{i}" for i in range(CONNECTIONS)]
     with many_files():
@@ -210,11 +213,13 @@ async def test_with_a_thousand_connections_perch_answers_for_every_one(tools, sy
                 answers = await client.all(users, connections=CONNECTIONS, in_flight=IN_FLIGHT)
             after = system.counters("^(http|cluster)[.]")
             grown = {name: value - before.get(name, 0) for name, value in after.items()}
-            assert set(answers.values()) == {"200 canary", "200 stable"}
+            assert set(answers.values()) <= {"200 canary", "200 stable"}
             assert grown["http.edge.downstream_cx_total"] >= CONNECTIONS
             assert [name for name, value in grown.items() if "overflow" in name and value] == []
-            assert grown[FAILED_OPEN] == grown["http.edge.ext_proc.perch.message_timeouts"]
+            if not any(grown[f"cluster.perch.{name}"] for name in ("health_check.failure", "http2.keepalive_timeout")):
+                assert grown[FAILED_OPEN] == grown["http.edge.ext_proc.perch.message_timeouts"]
             if not grown[FAILED_OPEN]:
+                assert set(answers.values()) == {"200 canary", "200 stable"}
                 return
     pytest.fail(f"perch was late again and again, at last for {grown[FAILED_OPEN]} requests")
 

@@ -96,6 +96,9 @@ async def test_prometheus_scrapes_control_and_counts_what_was_sent(tools):
                     sent.update(answer.removeprefix("200 ") for answer in answers.values())
                     await asyncio.sleep(1)  # so that there are rates
                 assert sent.keys() == {"stable", "canary"}
+                # What perch was late with, on a busy machine, got stable and belongs to no cohort.
+                if late := system.counter("http.edge.ext_proc.perch.failure_mode_allowed"):
+                    sent.update(stable=-late, none=late)
                 await asyncio.to_thread(ask_it, tools, prometheus, sent, began_s)
                 await asyncio.to_thread(judge_page, system)
 
@@ -117,14 +120,17 @@ async def test_faults_that_begin_with_a_burst_are_an_increase_from_the_first_on(
 
         await burst([*arm_of])
         await until_scraped(tools, prometheus, len(arm_of))
-        await burst(canary, status=500)
+        records = await burst(canary, status=500)
         await until_scraped(tools, prometheus, len(arm_of) + len(canary))
-        assert increased(prometheus, "errors")["canary",] >= len(canary)
+        errors = sum(one.served == "canary" and not one.failed_open for one in records)
+        assert errors > 0
+        assert increased(prometheus, "errors")["canary",] >= errors
         assert prometheus.query(rate_of_errors_on_the_page())["canary", "num"] > 0.1
 
         servers.kill("canary")
         records = await burst(canary, version=VERSIONS["stable"])
-        fell_back = sum(one.served == "stable" and one.decided.reason != "HELD" for one in records)
+        astray = [one for one in records if one.served == "stable" and not one.failed_open]
+        fell_back = sum(one.decided.reason != "HELD" for one in astray)
         assert fell_back > 0
         await until_scraped(tools, prometheus, len(arm_of) + 2 * len(canary))
         assert increased(prometheus, "fell_back") == pytest.approx({("canary",): fell_back, ("stable",): 0}, rel=0.2)
@@ -180,7 +186,7 @@ def ask_it(tools: Any, prometheus: Prometheus, sent: Counter[str], began_s: floa
             assert below <= seconds <= above or seconds == pytest.approx(exact, rel=0.05), (quantile, cohort)
     for expression in re.findall(r"(?s)```promql\n(.*?)```", PAGE):
         prometheus.query(expression)  # a mistake in it is an HTTP error
-    wanted = {(cohort, "digits") for cohort in sent}
+    wanted = {(cohort, "none" if cohort == "none" else "digits") for cohort in sent}
     tools.until(lambda: prometheus.query(histogram_on_the_page()).keys() == wanted, "rates of each bucket")
     assert_types(tools, prometheus)
 

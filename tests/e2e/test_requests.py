@@ -369,7 +369,8 @@ async def test_five_percent_stay_on_canary_whatever_restarts_and_nobody_is_witho
         before = failed_open(system)
         assert set((await client.all(USERS)).values()) == {"200 stable"}
         assert failed_open(system) == before + len(USERS)
-        assert system.status()["envoy"]["failure_mode_allowed"] == before + len(USERS)
+        told = await asyncio.to_thread(tools.until, lambda: system.status()["envoy"], "control to hear of Envoy")
+        assert told["failure_mode_allowed"] == before + len(USERS)
     await asyncio.to_thread(system.until_settled)
     for _ in range(3):
         await all_get(client, system, wanted)

@@ -43,7 +43,7 @@ def everything(tools, tmp_path):
     )  # fmt: skip
     yield flags, port, control
     process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.wait(DEADLINE_S)
     log.close()
 
 
