@@ -37,8 +37,8 @@ from extproc.telemetry import Steps, Telemetry
 from extproc.wire import accesslog_pb2 as wire
 from extproc.wire.outcomes import read_outcomes
 
-MESSAGES, ENTRIES = 20, 170
-"""Envoy's 128 KiB hold some 170 entries."""
+MESSAGES, ENTRIES = 3, 1_400
+"""Envoy's 1 MiB hold some 1,400 entries."""
 ROUNDS = 40
 _UUID = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 

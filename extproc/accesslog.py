@@ -15,7 +15,7 @@ from extproc.wire.outcomes import Batch, UnreadableLogError, read_slices
 
 SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
 LARGEST_MESSAGE_BYTES: Final = 16 * 2**20
-"""Envoy sends what it gathered once that exceeds its buffer (128 KiB); a larger message than this ends the stream."""
+"""Envoy sends what it gathered once that exceeds its buffer (1 MiB); a larger message than this ends the stream."""
 SLICE: Final = 500
 """Entries between two pauses of the loop."""
 MOST_ENVOYS: Final = 64

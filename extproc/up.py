@@ -262,8 +262,9 @@ def run_folder() -> Iterator[Path]:
     if len(str(top)) > 40:
         top = Path("/tmp")  # noqa: S108  socket paths have 107 bytes; mkdtemp below makes a private folder
     for left in top.glob(f"{RUN_PREFIX}[0-9]*-*"):
-        if left.stat().st_uid == os.getuid() and not _lives(left.name.removeprefix(RUN_PREFIX).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its own run removes it just now
+            if left.stat().st_uid == os.getuid() and not _lives(left.name.removeprefix(RUN_PREFIX).partition("-")[0]):
+                shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{RUN_PREFIX}{os.getpid()}-", dir=top))
     try:
         yield folder

@@ -83,7 +83,7 @@ def _key(model: Model, inference: Inference) -> Any:
 async def warm_up(
     model: Model, limits: Limits, seen: Callable[[BatchSeen], None] | None, longest_s: float = 5.0
 ) -> Served:
-    """Measures where the model should run, then runs the real path until it has settled."""
+    """Measures where the model should run, then runs the real path until it has settled; once, however slow it is."""
     start_s = perf_counter()
     full = limits.max_rows if model.manifest.batched else 1
     slow = await asyncio.to_thread(_fastest_ms, model, full) > INLINE_MS
@@ -93,7 +93,7 @@ async def warm_up(
     taken_ms: list[float] = []
     settled = False
     requests = 0
-    while requests < _MOST and perf_counter() - start_s < longest_s and not settled:
+    while not requests or (requests < _MOST and perf_counter() - start_s < longest_s and not settled):
         requests += 1
         body = whole if requests % 5 == 0 else single
         took_ms = await _time_ms(model, batcher, body)

@@ -176,7 +176,7 @@ async def test_what_a_cut_log_stream_lost_is_told_exactly_and_guessed_into_no_co
         await traffic.more(300)
         with edited(system, "cds.yaml", lambda text: text.replace("als.sock", "nobody.sock")):
             await asyncio.to_thread(until_cut, tools, system)
-            await traffic.more(1000)
+            await traffic.more(2000)  # what Envoy gathers in the last half second reaches control
         await traffic.more(500)
     wanted = tools.witness.Counts.of(traffic.records)
     assert {record.status for record in traffic.records} == {200}
@@ -202,7 +202,8 @@ async def test_what_a_cut_log_stream_lost_is_told_exactly_and_guessed_into_no_co
         for arm, cohort in cohorts.items():
             assert cohort["requests"] < wanted.cohorts[flag, arm].requests
             assert sum(cohort["predictions"].values()) == cohort["requests"]
-            assert (cohort["errors"], cohort["fell_back"]) == (0, 0)
+            assert cohort["errors"] == 0
+            assert cohort["fell_back"] <= wanted.cohorts[flag, arm].fell_back
         sentence = (
             f"{row['lost']} of {row['decided']} requests {LATELY} are missing in the access log; "
             "its numbers are incomplete"

@@ -267,22 +267,38 @@ async def test_of_a_canary_that_is_killed_midway_each_fall_back_is_counted_and_n
     system = fresh
     async with tools.witness.Traffic(system.port, flags) as traffic:
         await traffic.more(500)
+        system.signal(signal.SIGSTOP, "control")  # else, on a slow machine, it holds the flags before anybody asks
         servers.kill("canary")
         for _ in range(2):  # then Envoy's only worker has read the end of every connection to it
             assert await asyncio.to_thread(system.get, system.port, "/livez") == (200, "ok\n")
         killed_s = time.monotonic()
-        await traffic.more(1000)
+        await traffic.more(500)
+        system.signal(signal.SIGCONT, "control")
+        await traffic.more(500)
         servers.begin("canary")
-        system.disturbed = True
         await asyncio.to_thread(system.until_settled)
         await traffic.more(500)
     assert {record.status for record in traffic.records if record.began_s > killed_s} == {200}
     wanted = tools.witness.Counts.of(traffic.records)
-    # Until control knows of it and holds the flag: some hundreds, fewer on a slow machine.
-    assert min(wanted.cohorts[flag, "canary"].fell_back for flag in flags) > 10
+    assert min(wanted.cohorts[flag, "canary"].fell_back for flag in flags) > 50
     status = await asyncio.to_thread(until_read, tools, system, len(traffic.records) + 2)
     assert_cohorts(tools, status, wanted)
     assert_metrics(tools.witness.metrics_of(system), wanted)
+
+
+async def test_no_entry_is_lost_while_control_stands_still_and_all_users_come_at_once_when_it_begins(
+    tools, fresh, flags
+):
+    """Control has just begun, so Envoy opens the log's stream for these requests."""
+    system = fresh
+    plain = [tools.witness.Ask("one", f"user-{i}", "plain", {"version": "v0"}) for i in range(600)]
+    records = await tools.witness.ask_all(system.port, flags, plain, 600)
+    await asyncio.to_thread(until_read, tools, system, 600)
+    system.signal(signal.SIGSTOP, "control")
+    records += await tools.witness.ask_all(system.port, flags, plain * 10, 200)  # Envoy's own 1 MiB holds a quarter
+    system.signal(signal.SIGCONT, "control")
+    status = await asyncio.to_thread(until_read, tools, system, len(records))
+    assert_cohorts(tools, status, tools.witness.Counts.of(records))
 
 
 async def test_while_perch_is_dead_requests_belong_to_no_arm_and_are_counted_as_failed_open(tools, fresh, flags):

@@ -373,6 +373,12 @@ def models(place: Path, names: Iterable[str], deadline_s: float) -> dict[str, An
 def begin_to_count(tools: Any, system: Any) -> None:
     """Control is killed, and one that counts from zero is waited for."""
     system.until_settled()
+
+    def sent() -> bool:
+        log = system.counters(r"^access_logs\.grpc_access_log\.(logs_written|grpc_entries_flushed)$")
+        return len(log) == 2 and len(set(log.values())) == 1
+
+    tools.until(sent, "an Envoy that has nothing left to log")
     system.signal(signal.SIGKILL, "control")
     tools.until(lambda: system.status().get("access_log") == NO_LOG, "a control that counts from zero")
     system.until_settled()

@@ -70,7 +70,8 @@ class ServerProcess:
                     if not part:
                         break
                     self._seen += part
-        pytest.fail(f"no line with {word!r}; exit {self.process.poll()}")
+        ended = self.process.poll()
+        pytest.fail(f"no line with {word!r}; exit {ended}: {self.process.stderr.read() if ended else 'it runs'}")
 
     def connect(self):
         """A connection of its own."""

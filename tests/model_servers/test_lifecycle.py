@@ -8,6 +8,10 @@ import time
 
 import pytest
 
+from model_servers.batching import Limits
+from model_servers.model import load
+from model_servers.serving import warm_up
+
 GATED = """
 import pathlib, time
 
@@ -191,6 +195,13 @@ def load(directory):
     server.wait_for("ready")
     assert server.request("GET", "/v2/health/ready").status == 200
     assert _ask(server, 1.0).status == 200
+
+
+async def test_a_model_whose_first_call_takes_longer_than_warming_up_may_is_warmed_with_one_request(artifacts):
+    """Loading weights on the first call takes some models longer than that; they are served all the same."""
+    served = await warm_up(load(artifacts / "digits" / "1"), Limits(), None, longest_s=0.0)
+    assert (served.warmth.requests, served.warmth.settled) == (1, False)
+    assert served.warmth.first_ms == served.warmth.settled_ms > 0
 
 
 def test_a_new_version_is_warmed_beside_the_old_one_and_swapped_without_a_failed_request(

@@ -139,35 +139,33 @@ def test_a_file_written_in_small_pieces_is_served_when_it_is_whole_and_not_befor
 
 
 @pytest.fixture
-async def changing(tmp_path):
-    """A file that gets a line every 5 ms, `lines` in all, each of them a good end."""
-    path = tmp_path / "changing.yaml"
-    writers = []
+def changing(tmp_path, monkeypatch):
+    """A file that gets a line whenever its reader waits, `lines` in all, each of them a good end."""
+    path, wait = tmp_path / "changing.yaml", asyncio.sleep
 
-    def start(lines):
-        path.write_text("begin\n")
+    def start(lines, stands_still_s=0.0):
+        to_come = iter(range(lines))
 
-        async def write():
-            for i in range(lines):
-                await asyncio.sleep(0.005)
+        async def changed(delay_s):
+            if (i := next(to_come, None)) is not None:
                 with path.open("a") as file:
                     file.write(f"line {i}\n")
+                time.sleep(stands_still_s)  # noqa: ASYNC251  and with it the reader
+            await wait(delay_s)
 
-        writers.append(asyncio.ensure_future(write()))
+        path.write_text("begin\n")
+        monkeypatch.setattr("extproc.flagfile.asyncio.sleep", changed)
         return path
 
-    yield start
-    for writer in writers:
-        writer.cancel()
-    await asyncio.gather(*writers, return_exceptions=True)
+    return start
 
 
 async def test_a_file_is_read_when_it_has_stopped_changing(changing, monkeypatch):
     monkeypatch.setattr("extproc.flagfile.SETTLE_AT_MOST_S", 60)
-    path = changing(40)
+    path = changing(10)
     content = await read_settled(path)
     assert content == path.read_bytes()
-    assert content.endswith(b"line 39\n")
+    assert content.endswith(b"line 9\n")
 
 
 async def test_a_file_that_never_stops_changing_is_given_up(changing, monkeypatch):
@@ -176,11 +174,7 @@ async def test_a_file_that_never_stops_changing_is_given_up(changing, monkeypatc
 
 
 async def test_a_file_that_was_edited_once_while_its_reader_stood_still_is_no_restless_one(changing):
-    path = changing(1)
-    reading = asyncio.ensure_future(read_settled(path))
-    await asyncio.sleep(0)  # it has read the beginning
-    time.sleep(SETTLE_AT_MOST_S + 0.1)  # noqa: ASYNC251  the reader stands still, and with it everything here
-    assert await reading == b"begin\nline 0\n"
+    assert await read_settled(changing(1, stands_still_s=SETTLE_AT_MOST_S + 0.1)) == b"begin\nline 0\n"
 
 
 def test_a_deleted_file_keeps_the_last_good_ruleset(perch, service):
