@@ -48,7 +48,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The first part of an answer: the version, how many flags follow, and the replies that belong to no flag."""
+    """The first part of an answer: the version, how many flags follow, and the replies that belong to no flag.
+
+    Another one begins the answer anew.
+    """
 
     version: str
     flags: int
@@ -98,21 +101,19 @@ class Compiler:
     async def compile(self, task: Task) -> AsyncIterator[bytes]:
         """The pickled parts of the answer to `task`, to be read to the end.
 
-        A process that dies before it has answered anything is given a second chance: it may have been killed for no
-        fault of the file. One that dies again, or takes too long, is a Refused.
+        A process that dies over it is given a second chance, as it may have been killed for no fault of the file: its
+        answer begins anew, with another Head. One that dies again, or takes too long, is a Refused.
         """
         async with self._turn:
             for is_last_try in (False, True):
-                answered = False
                 try:
                     async for part in self._answer(task):
-                        answered = True
                         yield part
                     return
                 except (OSError, EOFError, TimeoutError, asyncio.IncompleteReadError) as error:
                     await self.stop()
                     late = isinstance(error, TimeoutError)
-                    if answered or late or is_last_try:
+                    if late or is_last_try:
                         yield pickle.dumps(_gave_up("took too long" if late else "died"))
                         return
                 except (asyncio.CancelledError, GeneratorExit):

@@ -40,7 +40,7 @@ class Receiver:
             match pickle.loads(raw):  # noqa: S301  from our own child or parent
                 case Head() as head:
                     draft = Draft(head.version, self.models, self.force_token)
-                    replies.extend(head.replies)
+                    replies, flags = list(head.replies), []  # what a compiler sent that has died is void
                 case Part() as part:
                     for flag, exposure, own_replies in part.flags:
                         draft.add(flag, exposure)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from extproc.cli import app
 from extproc.core.flags import Exposures
 from extproc.flagcompiler import Compiler, Head, Refused, Task
+from extproc.receiver import Receiver
 
 STATSD_LINE = re.compile(r"(?P<name>[a-z_.]+):(?P<value>-?\d+(?:\.\d+)?)\|(?P<kind>c|g|ms)(?:\|#(?P<tags>\S+))?")
 FULL = {"digits": {"salt": "digits", "cap": 0}}
@@ -311,6 +312,34 @@ async def test_a_task_whose_compiler_dies_over_it_is_given_to_a_new_one():
         assert compiler._process is not first
     finally:
         await compiler.stop()
+
+
+async def test_what_a_compiler_sent_before_it_died_is_void(monkeypatch):
+    """It dies in the middle of its answer; the next one's answer is served, each flag of it once."""
+    compiler, whole, begun = Compiler(), Compiler._answer, []
+
+    async def dies_once(self, task):
+        begun.append(task)
+        sent = 0
+        async for part in whole(self, task):
+            yield part
+            if (sent := sent + 1) == 2 and len(begun) == 1:
+                raise EOFError
+
+    monkeypatch.setattr(Compiler, "_answer", dies_once)
+    names = [f"m{i:02}" for i in range(40)]
+    content = "version: 1\nflags:\n" + "".join(f"  {name}: {{salt: {name}, canary: 5}}\n" for name in names)
+    models = {name: f"/v2/models/{name}/" for name in names}
+    task = Task(content=content.encode(), exposures=Exposures(), models=models, with_replies=True)
+    received = []
+    try:
+        verdict = await Receiver(task.models, None, received.append).take(compiler.compile(task))
+    finally:
+        await compiler.stop()
+    assert (len(begun), verdict.problems, verdict.flags) == (2, (), 40)
+    (one,) = received
+    assert [flag.key for flag, _ in one.flags] == names
+    assert len(one.published.replies) == len(one.published.ruleset.choices)
 
 
 async def test_of_a_file_with_endless_problems_the_first_ones_are_told():
