@@ -299,7 +299,7 @@ class Control:
         alerts = [f"not written: {audit.problem}; {waiting} for it{lost}"] if audit.problem else []
         if self._unkept > UNKEPT_LOOKS:
             kept = Paths(self.settings.flags, self.settings.state).kept(self.controller.version)
-            alerts.append(f"not written: {kept}; serve is late, or cannot keep what it serves, which a restart would forget")
+            alerts.append(f"not written: {kept}; serve is late, or cannot keep what a restart needs")
         return alerts
 
     def _look_at_kept(self) -> None:

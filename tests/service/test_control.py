@@ -692,9 +692,7 @@ async def test_what_serve_could_not_keep_is_an_alert_until_it_can(folder, servic
 
     async def said():
         alerts = (await control.status())["alerts"]
-        return [
-            alert for alert in alerts if alert.endswith("serve is late, or cannot keep what it serves, which a restart would forget")
-        ]
+        return [alert for alert in alerts if alert.endswith("serve is late, or cannot keep what a restart needs")]
 
     async def gone():
         return not await said()
