@@ -9,10 +9,8 @@ import http.client
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -24,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
+
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 ARTIFACTS = ROOT / "model_servers" / "artifacts" / "digits"
@@ -47,17 +47,6 @@ def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S)
 def flag_file(canary: float) -> str:
     """The text of a flag file with one flag at a percentage; no two texts are equal."""
     return json.dumps({"version": 1, "flags": {"digits": {"salt": SALT, "canary": canary}}}) + f"\n# {time.time_ns()}\n"
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports that nobody uses, outside the range from which clients' own ports are drawn."""
-    found: set[int] = set()
-    while len(found) < count:
-        port = random.randrange(10_240, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("0.0.0.0", port))
-            found.add(port)
-    return [*found]
 
 
 def example() -> bytes:
@@ -98,7 +87,7 @@ class Stack:
 
     def __post_init__(self) -> None:
         """Makes the folders that are mounted: flags, models, a token; readable for the user of the containers."""
-        self.port, self.control_port, self.prometheus_port = free_ports(3)
+        self.port, self.control_port, self.prometheus_port = free_ports(3, at="0.0.0.0")
         self.folder.chmod(0o755)
         self.flags.parent.mkdir()
         self.flags.write_text(flag_file(20))

@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from ports import free_ports
 
 SALT = "digits-2026-11"
 NUMBERS = itertools.count()
@@ -118,7 +119,7 @@ def folder() -> Iterator[Path]:
 def tools() -> SimpleNamespace:
     """What tests of this folder share, since modules of tests are not to be imported."""
     shared = (running, witnessed, folder, standing_in, stood_in, flag_file, digits)
-    others = (clients.client_of, clients.inference, systems.until, systems.free_ports)
+    others = (clients.client_of, clients.inference, systems.until, free_ports)
     return SimpleNamespace(**{one.__name__: one for one in (*shared, *others)}, salt=SALT, witness=witnesses)
 
 

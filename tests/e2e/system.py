@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import signal
 import socket
@@ -24,6 +23,7 @@ from typing import Any
 from urllib.parse import quote
 
 import yaml
+from ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
@@ -36,17 +36,6 @@ def until(condition: Callable[[], Any], what: str, within_s: float = DEADLINE_S)
         assert time.monotonic() < end_s, f"waited {within_s:g} s for: {what}"
         time.sleep(0.1)
     return answer
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports of 127.0.0.1 that nobody uses, outside the range from which clients' own ports are drawn."""
-    found: set[int] = set()
-    while len(found) < count:
-        port = random.randrange(10_240, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.add(port)
-    return [*found]
 
 
 @dataclass

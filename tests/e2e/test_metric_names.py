@@ -6,7 +6,6 @@ import hashlib
 import json
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import grpc
+from ports import free_ports
 
 from extproc.metricnames import BY_NAME, METRICS, SERVE_METRICS, Kind
 
@@ -38,7 +38,7 @@ class StatsD:
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str, frozenset[str]]] = set()
-        (self.port,) = sys.modules["perch_e2e_system"].free_ports(1)
+        (self.port,) = free_ports(1)
         self.socket = self.bound(self.port)
         threading.Thread(target=self.hear, args=(self.socket,), daemon=True).start()
 

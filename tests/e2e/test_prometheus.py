@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 import pytest
 import yaml
+from ports import free_ports
 
 from extproc.metricnames import REQUEST_METRICS, Kind
 
@@ -39,7 +39,7 @@ class Prometheus:
     """A server that scrapes one control, each second."""
 
     def __init__(self, folder: Path, target: str) -> None:
-        (self.port,) = sys.modules["perch_e2e_system"].free_ports(1)
+        (self.port,) = free_ports(1)
         scrape = yaml.safe_load(re.search(r"(?s)```yaml\n(.*?)```", PAGE)[1])
         scrape["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
         (folder / "prometheus.yml").write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}} | scrape))

@@ -3,16 +3,15 @@
 import contextlib
 import http.client
 import json
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_ports
 
 PLAIN_SERVER = Path(__file__).parent / "plain_server.py"
 PERCH = Path(sys.executable).parent / "perch"
@@ -30,17 +29,6 @@ def _plain_server(answer, *options):
             process.kill()
 
 
-def _free_ports(count):
-    """Outside the range from which others are given theirs before `perch up` has taken these."""
-    found = set()
-    while len(found) < count:
-        port = random.randrange(10_240, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.add(port)
-    return found
-
-
 @pytest.fixture
 def listener(tmp_path):
     """The port of an Envoy with two plain servers behind it: the canary sends perch's headers, stable does not."""
@@ -53,7 +41,7 @@ def listener(tmp_path):
         flags = {"version": 1, "flags": {"own": {"unit": ["x-user-id"], "salt": "own-1", "canary": 50}}}
         (tmp_path / "models.yaml").write_text(json.dumps(models))
         (tmp_path / "flags.yaml").write_text(json.dumps(flags))
-        port, control, admin = _free_ports(3)
+        port, control, admin = free_ports(3)
         command = [str(PERCH), "up", "--port", str(port), "--control-port", str(control), "--admin", str(admin)]
         files = ["--models", "models.yaml", "--flags", "flags.yaml", "--state", "state"]
         with (tmp_path / "up.log").open("wb") as log:
