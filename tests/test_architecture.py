@@ -36,7 +36,7 @@ wire.outcomes         | core wire                                               
 wire.replies          | core                                                          | envoy_data_plane
 wire.generate         |                                                               | grpc_tools
 transport             | transport                                                     |
-transport.grpcio      |                                                               | grpc
+transport.grpcio      | transport.listen                                              | grpc
 transport.heads       | transport                                                     | hpack
 address               |                                                               |
 statefiles            |                                                               |

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import os
-import socket
 import stat
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import grpc
+
+from extproc.transport.listen import is_abandoned
 
 Answer = Callable[[bytes], bytes]
 
@@ -128,17 +129,10 @@ def free_socket(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):  # connecting to one would be refused just as a stale socket does
         raise OSError(f"cannot listen at {path}: a file that is no socket is there; choose another path")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)  # a full backlog: somebody listens, if slowly
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except FileNotFoundError:
-            return
-        except TimeoutError:
-            pass
-        except OSError as error:
-            raise OSError(f"cannot listen at {path}: {error.strerror}") from None
-    raise OSError(f"cannot listen at {path}: another process does; stop it or choose another path")
+    try:
+        abandoned = is_abandoned(path)
+    except OSError as error:
+        raise OSError(f"cannot listen at {path}: {error.strerror}") from None
+    if not abandoned:
+        raise OSError(f"cannot listen at {path}: another process does; stop it or choose another path")
+    path.unlink(missing_ok=True)

@@ -97,13 +97,21 @@ def _remove_stale(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ListenError(f"cannot listen on unix:{path}: a file that is not a socket is there; choose another path")
+    if not is_abandoned(path):
+        raise ListenError(
+            f"cannot listen on unix:{path}: another process serves there; stop it or choose another --listen"
+        )
+    path.unlink(missing_ok=True)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody serves at this socket file, or it has gone meanwhile. Raises OSError if it cannot be tried."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(os.fspath(path))
         except (ConnectionRefusedError, FileNotFoundError):
-            path.unlink(missing_ok=True)
-            return
+            return True
         except TimeoutError:
             pass  # a full backlog: somebody listens, if slowly
-    raise ListenError(f"cannot listen on unix:{path}: another process serves there; stop it or choose another --listen")
+    return False

@@ -58,9 +58,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_pa
 
 def on_a_small_disk(code, path):
     """What a program prints that has `path` and cannot make a file of more than 1,000 bytes."""
-    start = (
-        "import resource, sys; from pathlib import Path; from extproc.statefiles import *\npath = Path(sys.argv[1])\n"
-    )
+    start = "import sys; from pathlib import Path; from extproc.statefiles import *\npath = Path(sys.argv[1])\n"
     # By itself: what runs between fork and exec may meet a lock of another thread of ours.
     small_disk = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
     command = [sys.executable, "-c", start + small_disk + code, str(path)]
